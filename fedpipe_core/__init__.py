@@ -1,0 +1,1 @@
+"""What is true: maths, planning, training. Knows no orchestrator, tracker or store."""

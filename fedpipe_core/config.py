@@ -1,0 +1,370 @@
+"""The federation's config: every field with its range, unit and effect.
+
+A config is a YAML file read by `load_config`; all of its faults are reported at once, each with its location.
+Importing this module imports no torch, so the command line answers at once.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fedpipe_core.errors import ConfigError
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+Bits = Literal[4, 8, 16, 32]
+Rank = Annotated[int, Field(ge=1, le=1024)]
+AggregationRule = Literal["delta_svd", "fedavg", "rankwise", "hetlora", "flexlora", "raflora", "ffa", "flora_stack"]
+ImportanceMethod = Literal["adalora", "gradient_spectrum", "uniform", "random", "last_layers"]
+
+
+class Spec(BaseModel):
+    """A frozen section of the config that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSpec(Spec):
+    """Which base model is tuned, and how it may be held in memory."""
+
+    base: str = Field(
+        description="Base model: a local folder in Hugging Face format, `package:NAME` for weights "
+        "inside an installed Python package, or a hub id"
+    )
+    task: Literal["sequence-classification"] = Field(
+        "sequence-classification", description="What the model is tuned to do"
+    )
+    head: Literal["auto", "native", "mean"] = Field(
+        "auto",
+        description="Classification head: `native` is the architecture's own; `mean` averages the token vectors "
+        "(BERT only; folded into the network as one attention layer, so the released model needs no extra code); "
+        "`auto` takes `mean` where the base was trained for mean pooling (sentence-transformers folders)",
+    )
+    max_tokens: int = Field(64, ge=4, le=131072, description="Longest example in tokens; longer ones are cut there")
+    bits: tuple[Bits, ...] = Field(
+        (32, 8, 4),
+        min_length=1,
+        description="Bit widths the planner may choose for an edge's base: 32 or 16 (dense), 8 (int8), 4 (NF4)",
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that ships inside the base model's folder")
+
+
+class PartitionSpec(Spec):
+    """How one data file is dealt to simulated edges; real edges each name their own file instead."""
+
+    by: Literal["iid", "column", "dirichlet"] = Field(
+        description="`iid` deals rows at random, `column` gives each edge its own values of a column, "
+        "`dirichlet` draws each label's shares from Dirichlet(alpha)"
+    )
+    column: str | None = Field(None, description="Column that decides the edge (for `by: column`)")
+    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; smaller is more skewed (for `by: dirichlet`)")
+
+    @model_validator(mode="after")
+    def _column_is_named(self) -> "PartitionSpec":
+        if self.by == "column" and self.column is None:
+            raise ValueError("`by: column` needs `column`, the name of the column that decides the edge")
+        return self
+
+
+class DataSpec(Spec):
+    """Where examples are and what their columns mean. Paths are relative to the config file."""
+
+    train: str = Field(
+        description="Training rows (.jsonl, .csv or .parquet, .gz too); `{edge_id}` in the path is replaced, "
+        "so each edge reads its own file"
+    )
+    test: str = Field(description="Held-out rows at the coordinator, on which every round is judged")
+    text_column: str = Field("text", description="Column with the text")
+    label_column: str = Field("label", description="Column with the label: an integer from 0 to labels - 1")
+    label_name_column: str | None = Field(
+        None, description="Column of the test file with the label's name, kept in the released model"
+    )
+    labels: int = Field(ge=2, le=1_000_000, description="Number of labels")
+    validation_fraction: float = Field(
+        0.1, ge=0, lt=0.9, description="Share of an edge's rows kept out of training, on which that edge judges rounds"
+    )
+    partition: PartitionSpec | None = Field(
+        None, description="How `train` is dealt to simulated edges; leave out when each edge has its own file"
+    )
+
+
+class ResourcesSpec(Spec):
+    """What an edge is declared to have; a declared value stands in for a measurement."""
+
+    memory_gib: float = Field(gt=0, le=1e5, description="Memory the edge may use for training, in GiB")
+    tokens_per_second: float = Field(
+        gt=0, le=1e9, description="Training speed on the dense base without adapters, in tokens per second"
+    )
+    bandwidth_mbit: float = Field(gt=0, le=1e6, description="Link to the store, in Mbit per second each way")
+
+
+class PlanPin(Spec):
+    """What the planner must keep for one edge; it plans around it."""
+
+    ranks: dict[str, int] | None = Field(
+        None, description="Rank of every adapted module, by module name; all others get none"
+    )
+    batch_size: int | None = Field(None, ge=1, le=65536, description="Examples per optimizer step")
+    local_steps: int | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps per round")
+    base_bits: Bits | None = Field(None, description="Bit width of the base")
+
+
+class EdgeSpec(Spec):
+    """One edge server."""
+
+    edge_id: Name = Field(description="Name of the edge: lower-case letters, digits, dot, dash, underscore")
+    values: tuple[str | int, ...] | None = Field(
+        None, description="Values of the partition column whose rows this edge holds (for `partition.by: column`)"
+    )
+    resources: ResourcesSpec | None = Field(
+        None, description="Declared resources; leave out to measure them at the edge"
+    )
+    pin: PlanPin = Field(PlanPin(), description="Parts of this edge's plan that are fixed by hand")
+
+
+class TrainingSpec(Spec):
+    """How every edge trains in a round."""
+
+    learning_rate: float = Field(1e-3, gt=0, lt=1, description="Peak AdamW rate of the adapters")
+    head_rate_factor: float = Field(
+        10.0,
+        gt=0,
+        le=1000,
+        description="The head's learning rate as a multiple of the adapters'; the head starts untrained",
+    )
+    weight_decay: float = Field(0.0, ge=0, lt=1, description="AdamW weight decay")
+    warmup_steps: int = Field(4, ge=0, le=100000, description="Steps of linear warm-up at the start of every round")
+    final_rate_fraction: float = Field(
+        0.25, gt=0, le=1, description="Learning rate of the last round as a share of the first's; linear in between"
+    )
+    max_gradient_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this global norm")
+    adapter_scaling: float = Field(1.0, gt=0, le=64, description="alpha / rank of every adapter")
+    examples_per_round: int | None = Field(
+        None, ge=1, description="Examples each edge should process in a round; its whole shard when left out"
+    )
+
+
+class PlanningSpec(Spec):
+    """What the planner may choose from."""
+
+    importance: ImportanceMethod = Field("adalora", description="How modules are scored")
+    profile_steps: int = Field(20, ge=5, le=1000, description="Training steps of the importance profile at each edge")
+    profile_batch_size: int = Field(8, ge=1, le=1024, description="Examples per step of the importance profile")
+    probe_rank: Rank = Field(8, description="Rank of the adapters that the profile trains on every module")
+    ranks: tuple[Rank, ...] = Field((2, 4, 8, 16), min_length=1, description="Ranks the planner may give a module")
+    batch_sizes: tuple[int, ...] = Field(
+        (8, 16, 32), min_length=1, description="Batch sizes, in examples, the planner may choose"
+    )
+    round_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="Deadline of a round in seconds, shared by all edges; chosen by the planner when left out",
+    )
+    under_training_penalty: float = Field(
+        1.0,
+        ge=0,
+        description="Weight of the share of a round's planned examples an edge cannot process before the deadline",
+    )
+    solver: Literal["milp", "greedy"] = Field("milp", description="`milp` refines the greedy plan with an exact solver")
+
+    @field_validator("ranks", "batch_sizes")
+    @classmethod
+    def _ascending(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(set(values)))
+
+
+class AggregationSpec(Spec):
+    """How the edges' updates become one adapter."""
+
+    rule: AggregationRule = Field("delta_svd", description="Aggregation rule")
+    weighting: Literal["trained", "all"] = Field(
+        "trained", description="Weights by examples over the edges that trained a module, or over all participants"
+    )
+    server_step: float = Field(1.0, gt=0, le=10, description="Factor on the averaged change")
+    server_momentum: float = Field(0.0, ge=0, lt=1, description="Share of the last round's change that is added again")
+    rank_cap: Rank = Field(32, description="Largest rank of the global adapter")
+    energy: float = Field(
+        0.999, gt=0, le=1, description="Share of the squared singular values the global adapter keeps"
+    )
+    outliers: Literal["reject", "clip", "accept"] = Field(
+        "reject", description="What happens to an update whose norm is far above the other edges'"
+    )
+    outlier_factor: float = Field(
+        5.0, gt=1, description="An update is an outlier when its norm exceeds this many times the edges' median"
+    )
+
+
+class ExchangeSpec(Spec):
+    """How adapters travel."""
+
+    dtype: Literal["fp32", "bf16", "int8", "nf4"] = Field(
+        "bf16", description="Wire format of adapters; int8 and nf4 are blockwise with error feedback at the edge"
+    )
+
+
+class ReleaseSpec(Spec):
+    """What becomes of the tuned model."""
+
+    model_name: str | None = Field(None, description="Registered model's name; the federation's name when left out")
+    exports: tuple[Literal["adapter", "merged"], ...] = Field(("adapter", "merged"), description="Formats written")
+    dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Number format of the merged model")
+    metric: Literal["accuracy", "macro_f1", "loss"] = Field(
+        "accuracy", description="Held-out metric that decides promotion"
+    )
+    min_improvement: float = Field(0.0, ge=0, description="Smallest gain over the champion that promotes")
+
+
+class TrackingSpec(Spec):
+    """Where MLflow records the run."""
+
+    uri: str | None = Field(
+        None, description="MLflow tracking URI; MLFLOW_TRACKING_URI or a SQLite file beside the store when left out"
+    )
+    experiment: str | None = Field(None, description="MLflow experiment; the federation's name when left out")
+
+
+class FederationConfig(Spec):
+    """One federation: a model, its data, its edges, and how they are trained, aggregated and released."""
+
+    name: Name = Field(description="Name of the federation; runs, experiment and model are named after it")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything random")
+    rounds: int = Field(3, ge=1, le=10000, description="Rounds of training and aggregation")
+    min_edges: int = Field(1, ge=1, description="Fewest updates that make a round count")
+    store: str = Field(".fedpipe/store", description="Object store: a local folder or s3://bucket/prefix")
+    concurrency: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="Edges trained at once in local mode, one thread each; the number of cores when left out",
+    )
+    model: ModelSpec
+    data: DataSpec
+    edges: tuple[EdgeSpec, ...] = Field(min_length=1, max_length=10000, description="The edge servers")
+    training: TrainingSpec = TrainingSpec()
+    planning: PlanningSpec = PlanningSpec()
+    aggregation: AggregationSpec = AggregationSpec()
+    exchange: ExchangeSpec = ExchangeSpec()
+    release: ReleaseSpec = ReleaseSpec()
+    tracking: TrackingSpec = TrackingSpec()
+
+    @model_validator(mode="after")
+    def _edges_fit_together(self) -> "FederationConfig":
+        faults = [*_edge_faults(self), *_partition_faults(self)]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+
+def _edge_faults(config: FederationConfig) -> list[str]:
+    ids = [edge.edge_id for edge in config.edges]
+    faults = [
+        f"edge_id {edge_id!r} is used {ids.count(edge_id)} times"
+        for edge_id in sorted({i for i in ids if ids.count(i) > 1})
+    ]
+    if config.min_edges > len(ids):
+        faults.append(f"min_edges is {config.min_edges} but only {len(ids)} edges are listed")
+    return faults
+
+
+def _partition_faults(config: FederationConfig) -> list[str]:
+    partition, faults = config.data.partition, []
+    if partition is None and len(config.edges) > 1 and "{edge_id}" not in config.data.train:
+        faults.append("data.train is one file for all edges: add data.partition, or put {edge_id} in the path")
+    by_column = partition is not None and partition.by == "column"
+    for edge in config.edges:
+        if by_column and not edge.values:
+            faults.append(f"edge {edge.edge_id!r} names no `values` of the partition column")
+        if edge.values and not by_column:
+            faults.append(f"edge {edge.edge_id!r} names `values` but data.partition is not `by: column`")
+    return faults
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> FederationConfig:
+    """Read a YAML config, apply `key.path=value` overrides, and make data paths relative to the file's folder.
+
+    Raises ConfigError with every fault and its location.
+    """
+    path = Path(path)
+    document = _read_yaml(path)
+    for override in overrides or []:
+        _apply_override(document, override)
+    config = parse_config(document, source=str(path))
+    return _resolve_paths(config, path.parent)
+
+
+def parse_config(document: dict[str, Any], source: str = "config") -> FederationConfig:
+    """Validate a config given as a mapping. Raises ConfigError with every fault and its location."""
+    try:
+        return FederationConfig.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(f"{source} has {_describe_faults(error)}") from None
+
+
+def _describe_faults(error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors(include_url=False):
+        location = ".".join(str(part) for part in fault["loc"]) or "the whole"
+        found = "" if fault["type"] in ("missing", "value_error") else f", found {_shorten(fault['input'])}"
+        lines.append(f"  {location}: {_wording(fault)}{found}")
+    count = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
+    return f"{count} (`fedpipe schema` prints what is allowed):\n" + "\n".join(lines)
+
+
+def _wording(fault: Any) -> str:
+    known = {"extra_forbidden": "unknown key; remove it or correct its name", "missing": "is required"}
+    return known.get(fault["type"], str(fault["msg"]).removeprefix("Value error, "))
+
+
+def _shorten(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config {path} does not exist; give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"config {path} holds {type(document).__name__}, needed a mapping of keys to values")
+    return document
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r} is not KEY=VALUE, for example --set training.learning_rate=0.0005")
+    *parents, leaf = key.split(".")
+    target: Any = document
+    for part in parents:
+        target = target.setdefault(part, {}) if isinstance(target, dict) else _list_item(target, part, key)
+    value = yaml.safe_load(text)
+    if isinstance(target, list):
+        target[_list_index(target, leaf, key)] = value
+    else:
+        target[leaf] = value
+
+
+def _list_item(target: Any, part: str, key: str) -> Any:
+    if not isinstance(target, list):
+        raise ConfigError(f"--set {key}: {part!r} lies inside a plain value; `fedpipe schema` prints the keys")
+    return target[_list_index(target, part, key)]
+
+
+def _list_index(target: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(target):
+        raise ConfigError(f"--set {key}: {part!r} is not an index below {len(target)} of that list")
+    return int(part)
+
+
+def _resolve_paths(config: FederationConfig, folder: Path) -> FederationConfig:
+    def resolve(path: str) -> str:
+        return path if "://" in path else str((folder / path).resolve())
+
+    base = config.model.base
+    local_base = base if base.startswith("package:") or not (folder / base).exists() else resolve(base)
+    data = config.data.model_copy(update={"train": resolve(config.data.train), "test": resolve(config.data.test)})
+    return config.model_copy(update={"data": data, "model": config.model.model_copy(update={"base": local_base})})

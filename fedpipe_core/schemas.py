@@ -1,0 +1,194 @@
+"""What crosses a process: frozen records, written as JSON beside the safetensors they describe.
+
+Importing this module imports no torch. Every record refuses unknown keys, so a reader of another version fails loudly.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
+
+from fedpipe_core.config import Bits
+
+
+class Record(BaseModel):
+    """A frozen value with a JSON form."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataReference(Record):
+    """The object a record vouches for."""
+
+    key: str = Field(description="Key of the object, relative to the run")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size_bytes: NonNegativeInt
+
+
+class ModuleShape(Record):
+    """One weight matrix that can carry an adapter: y = x·Wᵀ, W is (out_features, in_features)."""
+
+    out_features: PositiveInt
+    in_features: PositiveInt
+    layer: NonNegativeInt = Field(0, description="Index of the block it lies in, counted from the input")
+
+
+class ModelShape(Record):
+    """What the cost model needs to know of a base model; the same on every edge."""
+
+    modules: dict[str, ModuleShape] = Field(description="Modules that can carry an adapter, in the model's order")
+    linear_parameters: NonNegativeInt = Field(description="Parameters inside quantizable matrices")
+    other_parameters: NonNegativeInt = Field(description="Frozen parameters kept dense: embeddings, norms, biases")
+    head_parameters: NonNegativeInt = Field(description="Parameters trained in full: the task's head")
+    output_features: NonNegativeInt = Field(description="Logits per position that is scored: labels or vocabulary")
+    scored_positions: Literal["example", "token"] = Field(description="Whether logits exist per example or per token")
+
+
+class StepCost(Record):
+    """Seconds of one optimizer step: fixed + per_token·tokens + per_token_rank·tokens·Σ rank·(out+in)."""
+
+    fixed_seconds: FiniteFloat = Field(ge=0)
+    per_token_seconds: FiniteFloat = Field(gt=0)
+    per_token_rank_seconds: FiniteFloat = Field(ge=0)
+
+
+class ActivationCost(Record):
+    """Bytes autograd keeps for the backward pass: fixed + tokens·(per_token + Σ over adapted modules)."""
+
+    fixed_bytes: NonNegativeInt
+    per_token_bytes: FiniteFloat = Field(
+        ge=0, description="Without any adapter, with gradients flowing to the first block"
+    )
+    per_token_module_bytes: dict[str, float] = Field(
+        description="Extra when this module carries an adapter, before its rank"
+    )
+
+
+class EdgeProfile(Record):
+    """What one edge measured (or was declared to have). Only numbers; no row, token or name of a label leaves the edge."""
+
+    edge_id: str
+    num_examples: PositiveInt = Field(description="Training rows")
+    num_validation_examples: NonNegativeInt
+    tokens_per_example: FiniteFloat = Field(gt=0, description="Mean padded length of an example in a batch")
+    data_fingerprint: str = Field(description="Salted hash of the rows; tells whether data changed, not what it is")
+    memory_bytes: PositiveInt
+    bandwidth_bytes_per_second: FiniteFloat = Field(gt=0)
+    step_cost: StepCost
+    activation_cost: ActivationCost
+    fixed_bytes: NonNegativeInt = Field(0, description="Memory in use before the base is loaded, charged to the budget")
+    scores: dict[str, list[float]] = Field(
+        description="Per module the importance of each further rank, falling; all scores of an edge sum to 1"
+    )
+    declared: bool = Field(description="Whether the resources were declared in the config rather than measured")
+    profile_seconds: FiniteFloat = Field(0.0, ge=0)
+
+
+class PredictedCost(Record):
+    """What the cost model expects of a plan."""
+
+    peak_memory_bytes: NonNegativeInt
+    round_seconds: FiniteFloat = Field(ge=0)
+    upload_bytes: NonNegativeInt
+    download_bytes: NonNegativeInt
+
+
+class EdgePlan(Record):
+    """What one edge does in every round."""
+
+    edge_id: str
+    ranks: dict[str, PositiveInt] = Field(
+        description="Rank of every adapted module; a module not named gets no adapter"
+    )
+    batch_size: PositiveInt
+    local_steps: PositiveInt
+    base_bits: Bits
+    predicted: PredictedCost
+    binding: str = Field(description="The limit that keeps the plan from being larger: memory, deadline, data or menu")
+    under_training: FiniteFloat = Field(0.0, ge=0, le=1, description="Share of the planned examples left unprocessed")
+
+
+class FederationPlan(Record):
+    """Every edge's plan and the deadline they share."""
+
+    round_seconds: FiniteFloat = Field(gt=0)
+    solver: str = Field(description="How the plan was found; names a fall-back")
+    edges: dict[str, EdgePlan]
+    profiles: dict[str, str] = Field(default_factory=dict, description="sha256 of each profile the plan rests on")
+
+    @property
+    def largest_rank(self) -> int:
+        """Largest rank any edge trains."""
+        return max(rank for plan in self.edges.values() for rank in plan.ranks.values())
+
+
+class FederationRecord(Record):
+    """What a run is: written first, compared on `--resume`."""
+
+    run: str
+    config: dict[str, object]
+    config_sha256: str
+    seed: int
+    code_version: str
+    code_commit: str | None
+    base_sha256: str
+
+
+class GlobalRecord(Record):
+    """The adapter a round starts from, and the updates it was made of."""
+
+    run: str
+    round: PositiveInt
+    base_sha256: str
+    adapter: DataReference
+    counted: dict[str, str] = Field(default_factory=dict, description="sha256 of each update that made this adapter")
+    dropped: dict[str, str] = Field(default_factory=dict, description="Edges that did not count, with the reason")
+    ranks: dict[str, int] = Field(description="Rank per module")
+
+
+class UpdateRecord(Record):
+    """What one edge returned from one round."""
+
+    run: str
+    round: PositiveInt
+    edge_id: str
+    base_sha256: str
+    global_sha256: str = Field(description="The global adapter the edge started from")
+    adapter: DataReference
+    num_examples: PositiveInt = Field(description="Weight in the average: the edge's training rows")
+    examples_processed: NonNegativeInt
+    steps: NonNegativeInt
+    train_loss: FiniteFloat
+    train_seconds: FiniteFloat = Field(ge=0)
+    peak_memory_bytes: NonNegativeInt = 0
+    download_bytes: NonNegativeInt
+    metrics: dict[str, FiniteFloat] = Field(
+        default_factory=dict, description="The global adapter the round started from, on this edge's validation rows"
+    )
+
+
+class FailureRecord(Record):
+    """Why one edge returned no update from one round."""
+
+    run: str
+    round: PositiveInt
+    edge_id: str
+    reason: str
+
+
+class RoundRecord(Record):
+    """Closes a round."""
+
+    round: PositiveInt
+    participants: list[str]
+    dropped: dict[str, str]
+    seconds: FiniteFloat
+    train_seconds: dict[str, FiniteFloat]
+    simulated_seconds: dict[str, FiniteFloat] = Field(
+        default_factory=dict, description="The cost model's seconds for edges whose resources are declared"
+    )
+    upload_bytes: NonNegativeInt
+    download_bytes: NonNegativeInt
+    train_loss: dict[str, FiniteFloat] = Field(default_factory=dict)
+    edge_metrics: dict[str, dict[str, FiniteFloat]] = Field(default_factory=dict)
+    metrics: dict[str, FiniteFloat]
+    adapter_sha256: str

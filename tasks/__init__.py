@@ -1,0 +1,1 @@
+"""Tasks: how one step meets the outside world."""
