@@ -64,7 +64,7 @@ class ActivationCost(Record):
 
 
 class EdgeProfile(Record):
-    """What one edge measured (or was declared to have). Only numbers; no row, token or name of a label leaves the edge."""
+    """What one edge measured (or was declared to have). Only numbers: no row, token or label name leaves it."""
 
     edge_id: str
     num_examples: PositiveInt = Field(description="Training rows")
