@@ -213,6 +213,22 @@ class ReleaseSpec(Spec):
         "accuracy", description="Held-out metric that decides promotion"
     )
     min_improvement: float = Field(0.0, ge=0, description="Smallest gain over the champion that promotes")
+    confidence: float = Field(
+        0.95,
+        ge=0,
+        lt=1,
+        description="Level of the gain's paired bootstrap interval, which must lie above 0; 0 leaves that check out",
+    )
+    slice_column: str | None = Field(
+        None,
+        description="Column of the test file whose values are slices (a domain, an edge) the gate checks one by one",
+    )
+    max_slice_regression: float = Field(
+        0.05, ge=0, le=1, description="Largest fall of accuracy on any slice; small slices need a larger one"
+    )
+    max_loss_increase: float = Field(
+        0.05, ge=0, description="Largest relative rise of an export's loss over the unquantized merged model's"
+    )
 
 
 class TrackingSpec(Spec):

@@ -1,0 +1,153 @@
+"""One model's answers on one frozen evaluation set, example by example, and what they are worth.
+
+Kept with every released version, so that a later challenger is compared example by example without loading the old
+model. How two versions are compared is the gate's matter; where the file lies is the tracker's.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpipe_core.errors import IntegrityError
+
+Metric = Literal["accuracy", "macro_f1", "loss"]
+REPLICATES = 2000
+_DRAWS_AT_ONCE = 2_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """True labels, predicted labels and losses of the same examples, each of shape (examples,).
+
+    `evaluation_sha256` names the evaluation set: predictions are comparable only where it is equal.
+    """
+
+    evaluation_sha256: str
+    labels: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    losses: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        """Raise IntegrityError when the arrays are empty or do not describe the same examples."""
+        shapes = {self.labels.shape, self.predicted.shape, self.losses.shape}
+        if len(shapes) != 1 or self.labels.ndim != 1 or not self.labels.size:
+            raise IntegrityError(
+                f"predictions on evaluation set {self.evaluation_sha256[:12]} hold arrays of shapes {sorted(shapes)}; "
+                "labels, predicted and losses need one entry per example; evaluate the model again"
+            )
+
+    @property
+    def correct(self) -> NDArray[np.float64]:
+        """1 where the prediction is right, else 0; shape (examples,)."""
+        return np.where(self.labels == self.predicted, 1.0, 0.0)
+
+    def metric(self, name: Metric) -> float:
+        """Accuracy, macro-F1 over the labels that occur, or mean loss."""
+        everything = np.arange(self.labels.size)[None, :]
+        return float(_metric_of_draws(self, name, everything)[0])
+
+    def to_json(self) -> str:
+        """Return the canonical JSON form; floats survive the round trip exactly."""
+        return json.dumps(
+            {
+                "evaluation_sha256": self.evaluation_sha256,
+                "labels": self.labels.tolist(),
+                "predicted": self.predicted.tolist(),
+                "losses": self.losses.tolist(),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote. Raises IntegrityError when the text is anything else."""
+        try:
+            document = json.loads(text)
+            return cls(
+                evaluation_sha256=str(document["evaluation_sha256"]),
+                labels=np.array(document["labels"], dtype=np.int64),
+                predicted=np.array(document["predicted"], dtype=np.int64),
+                losses=np.array(document["losses"], dtype=np.float64),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(
+                f"stored predictions cannot be read ({error!r}); needed labels, predicted and losses of one "
+                "evaluation set; evaluate the model again"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A measured value with its bootstrap confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+    confidence: float
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.4f} ({self.confidence:.0%} interval {self.low:.4f} to {self.high:.4f})"
+
+
+def metric_interval(predictions: Predictions, metric: Metric, confidence: float, seed: int = 0) -> Interval:
+    """Percentile bootstrap interval of one model's metric (Efron and Tibshirani 1993, chapter 13)."""
+    replicates = _replicates((predictions,), metric, seed)[0]
+    return _percentile_interval(predictions.metric(metric), replicates, confidence)
+
+
+def improvement_interval(
+    challenger: Predictions, champion: Predictions, metric: Metric, confidence: float, seed: int = 0
+) -> Interval:
+    """Paired bootstrap interval of the challenger's gain over the champion; positive is better, for loss too.
+
+    Both models are scored on the same resampled examples, so what makes an example hard for both cancels.
+    """
+    sign = -1.0 if metric == "loss" else 1.0
+    replicates = _replicates((challenger, champion), metric, seed)
+    gain = challenger.metric(metric) - champion.metric(metric)
+    return _percentile_interval(sign * gain, sign * (replicates[0] - replicates[1]), confidence)
+
+
+def _percentile_interval(estimate: float, replicates: NDArray[np.float64], confidence: float) -> Interval:
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(replicates, [tail, 1 - tail])
+    return Interval(estimate, float(low), float(high), confidence)
+
+
+def _replicates(models: tuple[Predictions, ...], metric: Metric, seed: int) -> NDArray[np.float64]:
+    """Metric of every model on the same resamples; shape (models, REPLICATES)."""
+    rng = np.random.default_rng(seed)
+    examples = models[0].labels.size
+    at_once = max(1, _DRAWS_AT_ONCE // examples)  # bounds the memory, whatever the evaluation set's size
+    parts = []
+    for start in range(0, REPLICATES, at_once):
+        draws = rng.integers(examples, size=(min(at_once, REPLICATES - start), examples))
+        parts.append(np.stack([_metric_of_draws(model, metric, draws) for model in models]))
+    return np.concatenate(parts, axis=1)
+
+
+def _metric_of_draws(model: Predictions, metric: Metric, draws: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Metric of each row of `draws`, which holds example indices; shape (rows,)."""
+    if metric == "macro_f1":
+        return _macro_f1(model.labels[draws], model.predicted[draws])
+    values = model.correct if metric == "accuracy" else model.losses
+    mean: NDArray[np.float64] = values[draws].mean(axis=1)
+    return mean
+
+
+def _macro_f1(labels: NDArray[np.int64], predicted: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Mean over occurring labels of 2·TP / (true + predicted), per row of (rows, examples) arrays."""
+    rows, count = labels.shape[0], int(max(labels.max(), predicted.max())) + 1
+    offsets = np.arange(rows)[:, None] * count  # one histogram per row, all counted in one pass
+
+    def histogram(cells: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.bincount(cells, minlength=rows * count).reshape(rows, count)
+
+    true, claimed = histogram((labels + offsets).ravel()), histogram((predicted + offsets).ravel())
+    hits = histogram((labels + offsets)[labels == predicted])
+    occurring = true + claimed > 0
+    f1 = np.divide(2.0 * hits, true + claimed, out=np.zeros(true.shape), where=occurring)
+    mean: NDArray[np.float64] = f1.sum(axis=1) / occurring.sum(axis=1)
+    return mean
