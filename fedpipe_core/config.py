@@ -166,7 +166,13 @@ class PlanningSpec(Spec):
         ge=0,
         description="Weight of the share of a round's planned examples an edge cannot process before the deadline",
     )
+    checkpointing: Literal["auto", "never"] = Field(
+        "auto", description="`auto` lets the planner recompute activations on an edge whose memory is short"
+    )
     solver: Literal["milp", "greedy"] = Field("milp", description="`milp` refines the greedy plan with an exact solver")
+    solver_seconds: float = Field(
+        60.0, gt=0, le=86400, description="Time limit of `milp` over all edges; edges it does not reach stay greedy"
+    )
 
     @field_validator("ranks", "batch_sizes")
     @classmethod

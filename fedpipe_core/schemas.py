@@ -41,14 +41,28 @@ class ModelShape(Record):
     head_parameters: NonNegativeInt = Field(description="Parameters trained in full: the task's head")
     output_features: NonNegativeInt = Field(description="Logits per position that is scored: labels or vocabulary")
     scored_positions: Literal["example", "token"] = Field(description="Whether logits exist per example or per token")
+    hidden_features: NonNegativeInt = Field(
+        0, description="Width of a block's input, which gradient checkpointing keeps; 0 when blocks cannot checkpoint"
+    )
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that hold adaptable modules, counted from the input."""
+        return 1 + max((module.layer for module in self.modules.values()), default=0)
 
 
 class StepCost(Record):
-    """Seconds of one optimizer step: fixed + per_token·tokens + per_token_rank·tokens·Σ rank·(out+in)."""
+    """Seconds of one optimizer step: fixed + per_token·tokens + per_token_rank·tokens·Σ rank·(out+in).
+
+    Coefficients hold for gradients that flow to the first block, without checkpointing, on a dense base.
+    """
 
     fixed_seconds: FiniteFloat = Field(ge=0)
     per_token_seconds: FiniteFloat = Field(gt=0)
     per_token_rank_seconds: FiniteFloat = Field(ge=0)
+    bits_factors: dict[int, FiniteFloat] = Field(
+        default_factory=dict, description="Factor on per_token_seconds for a base of that many bits; 1 when left out"
+    )
 
 
 class ActivationCost(Record):
@@ -70,6 +84,9 @@ class EdgeProfile(Record):
     num_examples: PositiveInt = Field(description="Training rows")
     num_validation_examples: NonNegativeInt
     tokens_per_example: FiniteFloat = Field(gt=0, description="Mean padded length of an example in a batch")
+    longest_example_tokens: PositiveInt | None = Field(
+        None, description="Padded length of the longest batch, which sets the peak memory; the mean when left out"
+    )
     data_fingerprint: str = Field(description="Salted hash of the rows; tells whether data changed, not what it is")
     memory_bytes: PositiveInt
     bandwidth_bytes_per_second: FiniteFloat = Field(gt=0)
@@ -102,6 +119,7 @@ class EdgePlan(Record):
     batch_size: PositiveInt
     local_steps: PositiveInt
     base_bits: Bits
+    checkpointing: bool = Field(False, description="Recompute each block's activations in the backward pass")
     predicted: PredictedCost
     binding: str = Field(description="The limit that keeps the plan from being larger: memory, deadline, data or menu")
     under_training: FiniteFloat = Field(0.0, ge=0, le=1, description="Share of the planned examples left unprocessed")
