@@ -1,0 +1,130 @@
+"""Turns an edge's examples into batches of tensors.
+
+Decides the order of training rows, which follows from the seed, the round and the edge alone, and how rows are padded;
+leaves to `fedpipe_core.training` how many steps are made and to `fedpipe_core.evaluation` what is measured.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpipe_core.data import Examples
+from fedpipe_core.errors import DataError, ModelError
+from fedpipe_core.seeding import random_generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TokenizedExamples:
+    """The token ids of every example, unpadded, with its label and the id that pads a batch."""
+
+    token_ids: list[list[int]]
+    labels: list[int]
+    pad_token_id: int
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def tokenize(examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> TokenizedExamples:
+    """Token ids of every text, with the model's special tokens, cut at `max_tokens`.
+
+    Raises ModelError if the tokenizer has no padding token, DataError if a text gives no token at all.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"tokenizer {tokenizer.name_or_path!r} has no padding token, needed to batch texts of different lengths; "
+            "set `pad_token` in the base model's tokenizer_config.json"
+        )
+    token_ids = _token_ids(examples.texts, tokenizer, max_tokens)
+    empty = [index for index, ids in enumerate(token_ids) if not ids]
+    if empty:
+        raise DataError(
+            f"{len(empty)} of {len(token_ids)} texts give no token (the first is number {empty[0] + 1} of its edge); "
+            "remove texts without any character the tokenizer knows"
+        )
+    return TokenizedExamples(token_ids, examples.labels, tokenizer.pad_token_id)
+
+
+def _token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts, truncation=True, max_length=max_tokens, return_attention_mask=False, return_token_type_ids=False
+    )
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def training_batches(
+    tokenized: TokenizedExamples,
+    batch_size: int,
+    steps: int,
+    seed_parts: Sequence[int | str],
+    pad_to_multiple_of: int = 1,
+) -> Iterator[Batch]:
+    """Yield `steps` batches of exactly `batch_size` rows, an epoch in a new order behind the other.
+
+    Within an epoch every row comes once; a batch may span two epochs. `seed_parts`, such as (seed, round, edge_id),
+    fixes the order. Tensors: input_ids and attention_mask (batch, tokens), labels (batch,), all int64.
+    Raises DataError if there are no rows.
+    """
+    if not len(tokenized):
+        raise DataError("there are 0 rows to train on, needed at least one; give the edge data or leave it out")
+    order = _epochs(len(tokenized), seed_parts)
+    for _ in range(steps):
+        yield pad_batch(tokenized, list(itertools.islice(order, batch_size)), pad_to_multiple_of)
+
+
+def evaluation_batches(
+    tokenized: TokenizedExamples, batch_size: int, pad_to_multiple_of: int = 1
+) -> Iterator[tuple[list[int], Batch]]:
+    """Yield every row once, with the rows' indices, longest first.
+
+    Rows of like length share a batch, so little is padded; the longest come first, so memory runs out at once or never.
+    """
+    order = sorted(range(len(tokenized)), key=lambda index: -len(tokenized.token_ids[index]))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        yield indices, pad_batch(tokenized, indices, pad_to_multiple_of)
+
+
+def tokens_per_example(tokenized: TokenizedExamples, batch_size: int, pad_to_multiple_of: int = 1) -> float:
+    """Mean padded length of an example: the expected longest of `batch_size` rows drawn at random, in tokens.
+
+    With lengths sorted, l_1 ≤ … ≤ l_n, the longest of b rows is l_i with probability (i/n)^b − ((i−1)/n)^b.
+    """
+    lengths = np.sort([_padded_length(len(ids), pad_to_multiple_of) for ids in tokenized.token_ids])
+    below = (np.arange(len(lengths) + 1) / len(lengths)) ** batch_size
+    return float(lengths @ np.diff(below))
+
+
+def pad_batch(tokenized: TokenizedExamples, indices: Sequence[int], pad_to_multiple_of: int = 1) -> Batch:
+    """The rows at `indices` as tensors, padded on the right to the longest of them, rounded up to the multiple."""
+    rows = [tokenized.token_ids[index] for index in indices]
+    width = _padded_length(max(map(len, rows)), pad_to_multiple_of)
+    lengths = torch.tensor([len(row) for row in rows])
+    return {
+        "input_ids": torch.tensor([row + [tokenized.pad_token_id] * (width - len(row)) for row in rows]),
+        "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
+        "labels": torch.tensor([tokenized.labels[index] for index in indices]),
+    }
+
+
+def _padded_length(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _epochs(num_examples: int, seed_parts: Sequence[int | str]) -> Iterator[int]:
+    generator = random_generator("training_batches", *seed_parts)
+    while True:
+        yield from generator.permutation(num_examples).tolist()
