@@ -35,12 +35,6 @@ class ModelSpec(Spec):
     task: Literal["sequence-classification"] = Field(
         "sequence-classification", description="What the model is tuned to do"
     )
-    head: Literal["auto", "native", "mean"] = Field(
-        "auto",
-        description="Classification head: `native` is the architecture's own; `mean` averages the token vectors "
-        "(BERT only; folded into the network as one attention layer, so the released model needs no extra code); "
-        "`auto` takes `mean` where the base was trained for mean pooling (sentence-transformers folders)",
-    )
     max_tokens: int = Field(64, ge=4, le=131072, description="Longest example in tokens; longer ones are cut there")
     bits: tuple[Bits, ...] = Field(
         (32, 8, 4),
@@ -86,6 +80,18 @@ class DataSpec(Spec):
     )
     partition: PartitionSpec | None = Field(
         None, description="How `train` is dealt to simulated edges; leave out when each edge has its own file"
+    )
+
+
+class EvaluationSpec(Spec):
+    """How rounds are judged at the coordinator."""
+
+    batch_size: int = Field(64, ge=1, le=65536, description="Examples per evaluation batch")
+    examples_per_round: int | None = Field(
+        None,
+        ge=1,
+        description="Held-out examples judged after every round but the last, drawn once by seed; all when left out. "
+        "The model before training and the final one are always judged on all",
     )
 
 
@@ -262,6 +268,7 @@ class FederationConfig(Spec):
     )
     model: ModelSpec
     data: DataSpec
+    evaluation: EvaluationSpec = EvaluationSpec()
     edges: tuple[EdgeSpec, ...] = Field(min_length=1, max_length=10000, description="The edge servers")
     training: TrainingSpec = TrainingSpec()
     planning: PlanningSpec = PlanningSpec()
