@@ -1,0 +1,195 @@
+"""The cost model: memory, seconds and bytes of one edge's round, from the model's shape and the edge's profile.
+
+It only predicts; `planning` decides, `resources` measures the coefficients. Importing this module imports no torch.
+
+Units of work: per token and frozen weight a training step makes a forward product and a backward product (for the
+gradient of the input); a trained adapter adds a third (for its own gradient). Gradients stop below the lowest block
+that carries an adapter, so blocks below it cost a forward product and keep no activations.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedpipe_core.schemas import EdgeProfile, ModelShape, PredictedCost
+
+TRAINED_BYTES = 16  # fp32 weight, gradient and AdamW's two moments
+FROZEN_BYTES = 4  # fp32 weight of the frozen tail
+VALUE_BYTES = 4  # fp32 activation
+BASE_BYTES = {
+    32: 4.0,
+    16: 2.0,
+    8: 1.0,
+    4: 0.5 + 0.127 / 8,
+}  # 4: NF4 with double-quantized absmax (arXiv 2305.14314, §3)
+DENSE_BYTES = {32: 4.0, 16: 2.0, 8: 4.0, 4: 4.0}  # what is not quantized stays fp32 beside a quantized base
+WIRE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 64, "nf4": 0.5 + 4 / 64}  # blockwise: one fp32 per 64 values
+FORWARD_SHARE = 1 / 2  # of a frozen weight's work in a step
+TAIL_SHARE = 2 / 3  # of a trained adapter's work in a step: no gradient of its own
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an edge is asked to do in one round; a module without a rank carries no adapter."""
+
+    ranks: Mapping[str, int]
+    batch_size: int
+    local_steps: int
+    base_bits: int
+    checkpointing: bool = False
+
+    def lowest_block(self, shape: ModelShape) -> int:
+        """Lowest block that carries an adapter; one past the last when none does."""
+        return min((shape.modules[name].layer for name in self.ranks), default=shape.num_blocks)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Prices work on one edge.
+
+    `global_ranks` is the global adapter the edge downloads; what it holds beyond an edge's own rank is the frozen tail.
+    """
+
+    shape: ModelShape
+    profile: EdgeProfile
+    global_ranks: Mapping[str, int] = field(default_factory=dict)
+    wire_dtype: str = "bf16"
+
+    def predict(self, work: Work) -> PredictedCost:
+        """Price one round of `work`."""
+        upload, download = self.upload_bytes(work.ranks), self.download_bytes(work.ranks)
+        lowest = work.lowest_block(self.shape)
+        return PredictedCost(
+            peak_memory_bytes=round(self.peak_memory_bytes(work, lowest)),
+            round_seconds=self.idle_seconds(work.base_bits, upload + download)
+            + work.local_steps * self.step_seconds(work, lowest),
+            upload_bytes=upload,
+            download_bytes=download,
+        )
+
+    def peak_memory_bytes(self, work: Work, lowest_block: int) -> float:
+        """base + 16·trained + 4·tail + activations + logits and their gradient + working space + fixed part."""
+        ranks = work.ranks
+        adapters = sum(self.adapter_bytes(name, ranks.get(name, 0)) for name in self.shape.modules)
+        tokens = self.longest_tokens(work.batch_size)
+        activations = self.backbone_activation_bytes(tokens, lowest_block, work.checkpointing)
+        return self.resident_bytes(work.base_bits) + adapters + activations + tokens * self._adapter_activations(work)
+
+    def step_seconds(self, work: Work, lowest_block: int) -> float:
+        """fixed + tokens·(per_token·bits_factor·products/2 + per_token_rank·Σ rank·(out+in)·products/3)."""
+        tokens = self.batch_examples(work.batch_size) * self.profile.tokens_per_example
+        adapters = sum(
+            self.adapter_seconds_per_token(name, work.ranks.get(name, 0), lowest_block, work.checkpointing)
+            for name in self.shape.modules
+        )
+        backbone = self.backbone_seconds_per_token(work.base_bits, lowest_block, work.checkpointing)
+        return self.profile.step_cost.fixed_seconds + tokens * (backbone + adapters)
+
+    def batch_examples(self, batch_size: int) -> int:
+        """Examples a batch really holds: data smaller than a batch makes one short batch."""
+        return min(batch_size, self.profile.num_examples)
+
+    def longest_tokens(self, batch_size: int) -> float:
+        """Tokens of the longest batch, which sets the peak."""
+        longest = self.profile.longest_example_tokens or self.profile.tokens_per_example
+        return self.batch_examples(batch_size) * longest
+
+    def resident_bytes(self, bits: int) -> float:
+        """Memory that neither batch nor adapters change: base, head, one dequantized matrix, fixed part."""
+        shape = self.shape
+        largest = max((m.out_features * m.in_features for m in shape.modules.values()), default=0)
+        base = shape.linear_parameters * BASE_BYTES[bits] + shape.other_parameters * DENSE_BYTES[bits]
+        dequantized = VALUE_BYTES * largest if bits < 16 else 0
+        return base + TRAINED_BYTES * shape.head_parameters + dequantized + self.profile.fixed_bytes
+
+    def adapter_bytes(self, module: str, rank: int) -> float:
+        """Parameters, gradients and optimizer state of one adapter, and its frozen tail."""
+        tail = max(0, self.global_ranks.get(module, 0) - rank)
+        return self._features(module) * (TRAINED_BYTES * rank + FROZEN_BYTES * tail)
+
+    def adapter_activation_bytes(self, module: str, rank: int) -> float:
+        """Per token: the module's input, kept because A now needs it, and the adapter's inner values."""
+        if rank == 0:
+            return 0.0
+        kept = self.profile.activation_cost.per_token_module_bytes.get(module)
+        return VALUE_BYTES * rank + (VALUE_BYTES * self.shape.modules[module].in_features if kept is None else kept)
+
+    def backbone_activation_bytes(self, tokens: float, lowest_block: int, checkpointing: bool) -> float:
+        """What the frozen network keeps, with the logits and the widest gradient in flight.
+
+        Without checkpointing every reached block keeps its share; with it each keeps its input, and one is recomputed.
+        """
+        cost, blocks = self.profile.activation_cost, self.shape.num_blocks
+        reached = blocks - lowest_block
+        if checkpointing:
+            per_token = VALUE_BYTES * self.shape.hidden_features * reached + cost.per_token_bytes / blocks
+        else:
+            per_token = cost.per_token_bytes * reached / blocks
+        widest = max((self._features(name) for name in self.shape.modules), default=0)
+        return cost.fixed_bytes + tokens * (per_token + VALUE_BYTES * widest) + self._logits_bytes(tokens)
+
+    def backbone_seconds_per_token(self, bits: int, lowest_block: int, checkpointing: bool) -> float:
+        """Forward everywhere; backward, and a second forward when checkpointing, in the reached blocks."""
+        cost, blocks = self.profile.step_cost, self.shape.num_blocks
+        reached = (blocks - lowest_block) / blocks
+        share = FORWARD_SHARE + reached * (1 - FORWARD_SHARE + FORWARD_SHARE * checkpointing)
+        return cost.per_token_seconds * cost.bits_factors.get(bits, 1.0) * share
+
+    def adapter_seconds_per_token(self, module: str, rank: int, lowest_block: int, checkpointing: bool) -> float:
+        """Three products for a trained rank, two for a rank of the tail, one below the reached blocks."""
+        tail = max(0, self.global_ranks.get(module, 0) - rank)
+        work = self.profile.step_cost.per_token_rank_seconds * self._features(module)
+        if self.shape.modules[module].layer < lowest_block:
+            return work * tail * (1 - TAIL_SHARE)
+        recomputed = (1 - TAIL_SHARE) * checkpointing
+        return work * (rank * (1 + recomputed) + tail * (TAIL_SHARE + recomputed))
+
+    def idle_seconds(self, bits: int, transferred_bytes: float) -> float:
+        """Seconds of a round outside its steps: transfer, and a forward pass over the validation rows."""
+        tokens = self.profile.num_validation_examples * self.profile.tokens_per_example
+        cost = self.profile.step_cost
+        forward = cost.per_token_seconds * cost.bits_factors.get(bits, 1.0) * FORWARD_SHARE
+        return transferred_bytes / self.profile.bandwidth_bytes_per_second + tokens * forward
+
+    def upload_bytes(self, ranks: Mapping[str, int]) -> int:
+        """Bytes of the trained factors and the head."""
+        values = sum(rank * self._features(name) for name, rank in ranks.items()) + self.shape.head_parameters
+        return round(values * WIRE_BYTES[self.wire_dtype])
+
+    def download_bytes(self, ranks: Mapping[str, int]) -> int:
+        """Bytes of the global adapter and the head."""
+        return self.upload_bytes({**ranks, **self.global_ranks})
+
+    def _features(self, module: str) -> int:
+        shape = self.shape.modules[module]
+        return shape.out_features + shape.in_features
+
+    def _logits_bytes(self, tokens: float) -> float:
+        longest = self.profile.longest_example_tokens or self.profile.tokens_per_example
+        positions = tokens if self.shape.scored_positions == "token" else tokens / longest
+        return 2 * VALUE_BYTES * self.shape.output_features * positions
+
+    def _adapter_activations(self, work: Work) -> float:
+        blocks = [0.0] * self.shape.num_blocks
+        for name, rank in work.ranks.items():
+            blocks[self.shape.modules[name].layer] += self.adapter_activation_bytes(name, rank)
+        return max(blocks) if work.checkpointing else sum(blocks)
+
+
+def predict(  # noqa: PLR0913  the six that make up a plan, and the setting
+    shape: ModelShape,
+    profile: EdgeProfile,
+    ranks: Mapping[str, int],
+    batch_size: int,
+    local_steps: int,
+    base_bits: int,
+    *,
+    checkpointing: bool = False,
+    global_ranks: Mapping[str, int] | None = None,
+    wire_dtype: str = "bf16",
+) -> PredictedCost:
+    """Predict peak memory, seconds and bytes of one round.
+
+    `global_ranks` is the rank per module of the global adapter the edge starts from; left out, it has no frozen tail.
+    """
+    work = Work(ranks, batch_size, local_steps, base_bits, checkpointing)
+    return CostModel(shape, profile, global_ranks or {}, wire_dtype).predict(work)
