@@ -8,6 +8,8 @@ FedPipeError
 │   ├── PlanError             no plan fits an edge
 │   └── StoreError            a store that cannot be reached or written
 └── RunError              the input was right and the run failed; the command exits with 1, the store stays resumable
+    ├── ObjectMissingError    an object that is not in the store
+    ├── InvalidKeyError       a key that must not name an object
     ├── UpdateRefusedError    an update that must not count
     ├── IntegrityError        bytes that are not what their record says
     ├── QuorumError           fewer updates than `min_edges`
@@ -51,6 +53,16 @@ class StoreError(InputError):
 
 class RunError(FedPipeError):
     """Raised when a run fails although its input was right; the store stays resumable."""
+
+
+class ObjectMissingError(RunError, KeyError):
+    """Raised when the store holds no object of that key."""
+
+    __str__ = Exception.__str__  # KeyError would print the sentence in quotes
+
+
+class InvalidKeyError(RunError, ValueError):
+    """Raised when a key is absolute, leaves the store, or holds characters that not every store takes."""
 
 
 class UpdateRefusedError(RunError):

@@ -1,0 +1,170 @@
+"""What lies in the store and under which key: records written once, and the data they vouch for.
+
+It decides the layout and the order (data first, its record last) and checks bytes against their hash. How bytes travel
+is left to `tasks.storage`; whether an adapter's shapes and values are usable is left to `fedpipe_core`.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from fedpipe_core.errors import IntegrityError, ObjectMissingError, RunError
+from fedpipe_core.schemas import DataReference, Record
+from tasks.storage import ObjectStore
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class RunKeys:
+    """Every key of one run, relative to the store. A present record means that its step is done.
+
+    federation.json, plan.json, profiles/<edge>.json, result.json, release/<name>, and per round:
+    rounds/0003/{global,round}.json, global.safetensors, updates/<edge>.{safetensors,json}, failures/<edge>.json.
+    """
+
+    run: str
+
+    @property
+    def federation(self) -> str:
+        """What the run is: written first."""
+        return f"{self.run}/federation.json"
+
+    @property
+    def plan(self) -> str:
+        """What every edge shall do."""
+        return f"{self.run}/plan.json"
+
+    @property
+    def result(self) -> str:
+        """What the command printed: written last."""
+        return f"{self.run}/result.json"
+
+    @property
+    def profiles(self) -> str:
+        """Folder of the edges' profiles."""
+        return f"{self.run}/profiles"
+
+    def profile(self, edge_id: str) -> str:
+        """What an edge measured."""
+        return f"{self.profiles}/{edge_id}.json"
+
+    def release(self, name: str) -> str:
+        """A file of the released model, such as `int8/model.safetensors`."""
+        return f"{self.run}/release/{name}"
+
+    def global_record(self, round_index: int) -> str:
+        """What a round starts from."""
+        return f"{self._round(round_index)}/global.json"
+
+    def global_data(self, round_index: int) -> str:
+        """The adapter a round starts from."""
+        return f"{self._round(round_index)}/global.safetensors"
+
+    def updates(self, round_index: int) -> str:
+        """Folder of what the edges returned."""
+        return f"{self._round(round_index)}/updates"
+
+    def update_record(self, round_index: int, edge_id: str) -> str:
+        """What an edge returned."""
+        return f"{self.updates(round_index)}/{edge_id}.json"
+
+    def update_data(self, round_index: int, edge_id: str) -> str:
+        """The adapter an edge returned."""
+        return f"{self.updates(round_index)}/{edge_id}.safetensors"
+
+    def failures(self, round_index: int) -> str:
+        """Folder of the reasons why edges returned nothing; apart from the updates, as an edge id may hold dots."""
+        return f"{self._round(round_index)}/failures"
+
+    def failure(self, round_index: int, edge_id: str) -> str:
+        """Why an edge returned nothing."""
+        return f"{self.failures(round_index)}/{edge_id}.json"
+
+    def round_record(self, round_index: int) -> str:
+        """Closes a round."""
+        return f"{self._round(round_index)}/round.json"
+
+    def _round(self, round_index: int) -> str:
+        return f"{self.run}/rounds/{round_index:04d}"
+
+
+def recorded_edges(store: ObjectStore, folder: str) -> list[str]:
+    """Ids of the edges with a record in a folder (`profiles`, `updates` or `failures`): one request for all edges."""
+    paths = map(PurePosixPath, store.list(folder))
+    return [path.stem for path in paths if path.suffix == ".json"]
+
+
+def put_data(store: ObjectStore, key: str, data: bytes) -> DataReference:
+    """Write data and return what its record must say of it. Overwrites what a killed attempt left."""
+    store.put(key, data)
+    return DataReference(key=key, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
+
+
+def put_data_file(store: ObjectStore, key: str, path: Path) -> DataReference:
+    """Like `put_data`, streaming a file of any size."""
+    reference = DataReference(key=key, sha256=_file_sha256(path), size_bytes=path.stat().st_size)
+    store.put_file(key, path)
+    return reference
+
+
+def get_data(store: ObjectStore, reference: DataReference) -> bytes:
+    """Read data and check it.
+
+    Raises IntegrityError when its size or hash is not the promised one, ObjectMissingError when it is not there.
+    """
+    data = store.get(reference.key)
+    _check(store, reference, len(data), hashlib.sha256(data).hexdigest())
+    return data
+
+
+def get_data_file(store: ObjectStore, reference: DataReference, path: Path) -> None:
+    """Like `get_data`, streaming to a file, which is removed again when it is refused."""
+    store.get_file(reference.key, path)
+    try:
+        _check(store, reference, path.stat().st_size, _file_sha256(path))
+    except IntegrityError:
+        path.unlink()
+        raise
+
+
+def put_record(store: ObjectStore, key: str, record: Record) -> None:
+    """Write a record once. Repeating it is fine; raises RunError when another one stands there."""
+    content = record.model_dump_json(indent=1).encode()
+    if not store.put_new(key, content) and store.get(key) != content:
+        raise RunError(
+            f"store {store.root}: {key} was written before with other content, and a record is never changed; "
+            "give the run another name, or resume it with what it was started with"
+        )
+
+
+def get_record(store: ObjectStore, key: str, kind: type[R]) -> R | None:
+    """Read a record, or None when it is not there yet. Raises IntegrityError when it is no record of that kind."""
+    try:
+        content = store.get(key)
+    except ObjectMissingError:
+        return None
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))} {fault['msg']}".strip() for fault in error.errors())
+        raise IntegrityError(
+            f"store {store.root}: {key} is no {kind.__name__} ({faults}); it was damaged or written by another "
+            "version of FedPipe: remove it to have it made again"
+        ) from error
+
+
+def _check(store: ObjectStore, reference: DataReference, size_bytes: int, sha256: str) -> None:
+    if (size_bytes, sha256) != (reference.size_bytes, reference.sha256):
+        raise IntegrityError(
+            f"store {store.root}: {reference.key} holds {size_bytes} bytes with sha256 {sha256[:12]}…, but its record "
+            f"promises {reference.size_bytes} bytes with {reference.sha256[:12]}…; it must not be used"
+        )
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

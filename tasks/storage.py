@@ -1,0 +1,299 @@
+"""Where bytes live: a folder or an S3 bucket behind one small protocol; the only module that knows boto3.
+
+It decides how S3 creates an object once, and which faults are retried, for how long. What keys are called, and whether
+bytes are the promised ones, is left to `tasks.records`: a server is never relied on for integrity. boto3 is imported
+when the first S3 store is opened. Stores may be used from many threads and processes at once.
+"""
+
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+from uuid import uuid4
+
+from fedpipe_core.errors import ObjectMissingError, StoreError
+from tasks.keys import MARKER, check_folder, check_key, is_key
+from tasks.local_store import LocalStore
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 60.0  # outlasts a restart of the server; a longer outage ends the run, which stays resumable
+OPENING_PATIENCE_SECONDS = 3.0  # a wrong address should be told at once
+LONGEST_PAUSE_SECONDS = 5.0
+MULTIPART_BYTES = 16 * 2**20  # files above this go up, and come down, in parts that are retried one by one
+
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+# 409: two conditional writes at once; 412: a file overwritten while its parts come down.
+_TRANSIENT_STATUSES = frozenset({409, 412, 429, 500, 502, 503, 504})
+_TRANSIENT_CODES = frozenset({"RequestTimeout", "IncompleteBody", "NoSuchUpload", "Throttling", "ThrottlingException"})
+
+
+class ObjectStore(Protocol):
+    """Whole objects under relative, posix keys (`check_key`). Every method raises StoreError when the store fails."""
+
+    @property
+    def root(self) -> str:
+        """Address of the store, as given to `open_store`."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object, over an older one if there is one; readers see the old or the new one, whole."""
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Create an object: True when this call wrote it, False when it existed. Of many callers exactly one wins."""
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Like `put`, streaming a file of any size."""
+
+    def get(self, key: str) -> bytes:
+        """Read an object whole. Raises ObjectMissingError."""
+
+    def get_file(self, key: str, path: Path) -> None:
+        """Stream an object to `path`, which appears when it is whole. Raises ObjectMissingError."""
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object of that key."""
+
+    def list(self, folder: str = "") -> list[str]:
+        """Sorted keys of all objects below a folder (`a/b` or `a/b/`, not a string prefix); all keys by default."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is missing is fine."""
+
+
+def open_store(root: str, *, write: bool = True) -> ObjectStore:
+    """Open `s3://bucket/prefix` or a folder, and check that it can be used.
+
+    With `write` a folder is made where there is none, and an empty object `.fedpipe` proves that the store can be
+    written and creates objects only once. `write=False` is for readers, and for edges whose permissions cover their
+    own keys alone: it only checks that the store answers. On S3, endpoint, credentials and region are the SDK's own
+    (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION, ...).
+
+    Raises StoreError when the address is of another kind, the folder cannot be made or written, the bucket is
+    missing, credentials are missing or refused, the endpoint is unreachable or ignores `If-None-Match`.
+    """
+    if "://" in root and not root.startswith("s3://"):
+        raise StoreError(f"store {root}: only folders and s3://bucket/prefix are supported; change the address")
+    store = _connect_s3(root) if root.startswith("s3://") else LocalStore(root)
+    store.check(write=write)
+    return store
+
+
+@dataclass(frozen=True)
+class S3Store:
+    """A bucket of S3 or of a server that speaks it, `If-None-Match` included (Minio, Ceph, moto, ...).
+
+    Every request is repeated after transient faults, with growing, jittered pauses, for `patience_seconds`.
+    """
+
+    root: str
+    client: Any = field(repr=False)
+    patience_seconds: float = PATIENCE_SECONDS
+
+    @property
+    def bucket(self) -> str:
+        """Name of the bucket."""
+        return self.root.removeprefix("s3://").partition("/")[0]
+
+    @property
+    def prefix(self) -> str:
+        """What goes before each key: empty, or ending in "/"."""
+        prefix = self.root.removeprefix("s3://").partition("/")[2].strip("/")
+        return prefix and prefix + "/"
+
+    def check(self, *, write: bool) -> None:
+        """Raise StoreError unless the bucket answers, or takes an object and refuses to create it twice."""
+        hasty = replace(self, patience_seconds=OPENING_PATIENCE_SECONDS)
+        if not write:
+            hasty._call("", lambda: self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1))
+        elif hasty._create(MARKER, b"") and hasty._create(MARKER, b""):
+            raise StoreError(
+                f"store {self.root}: {self.client.meta.endpoint_url} ignores If-None-Match, so records could be "
+                "overwritten; use a server with conditional writes"
+            )
+
+    def put(self, key: str, data: bytes) -> None:
+        where = self._where(key)
+        self._call(key, lambda: self.client.put_object(**where, Body=data))
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        return self._create(check_key(key), data)
+
+    def put_file(self, key: str, path: Path) -> None:
+        where = self._where(key)
+
+        def upload() -> None:
+            with path.open("rb") as source:
+                self.client.upload_fileobj(source, *where.values(), Config=_transfer_config())
+
+        self._call(key, upload)
+
+    def get(self, key: str) -> bytes:
+        where = self._where(key)
+        # Reading to the end belongs to the request: botocore counts the bytes against Content-Length there.
+        return self._call(key, lambda: bytes(self.client.get_object(**where)["Body"].read()))
+
+    def get_file(self, key: str, path: Path) -> None:
+        where = self._where(key)
+        temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+
+        def download() -> None:
+            with temporary.open("wb") as target:
+                self.client.download_fileobj(*where.values(), target, Config=_transfer_config())
+
+        try:
+            self._call(key, download)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def exists(self, key: str) -> bool:
+        where = self._where(key)
+        return self._call(key, lambda: self._head(where)) is not None
+
+    def list(self, folder: str = "") -> list[str]:
+        prefix = self.prefix + (f"{folder}/" if (folder := check_folder(folder)) else "")
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+        found = self._call(folder, lambda: [entry["Key"] for page in pages for entry in page.get("Contents", [])])
+        return sorted(key for name in found if is_key(key := name.removeprefix(self.prefix)))
+
+    def delete(self, key: str) -> None:
+        where = self._where(key)
+        self._call(key, lambda: self.client.delete_object(**where))
+
+    def _where(self, key: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self.prefix + check_key(key)}
+
+    def _create(self, name: str, data: bytes) -> bool:
+        where, write_id = {"Bucket": self.bucket, "Key": self.prefix + name}, uuid4().hex
+
+        def create() -> bool:
+            try:
+                self.client.put_object(**where, Body=data, IfNoneMatch="*", Metadata={"write-id": write_id})
+            except self.client.exceptions.ClientError as error:
+                if _status(error) != 412:
+                    raise
+                # After a lost answer the retry meets its own object: the id tells it from another writer's.
+                found = self._head(where)
+                return found is not None and found["Metadata"].get("write-id") == write_id
+            return True
+
+        return self._call(name, create)
+
+    def _head(self, where: dict[str, str]) -> dict[str, Any] | None:
+        try:
+            return dict(self.client.head_object(**where))
+        except self.client.exceptions.ClientError as error:
+            if _status(error) == 404:
+                return None
+            raise
+
+    def _call(self, key: str, request: Callable[[], T]) -> T:
+        """Make a request until it is answered, patience ends, or the fault is one that repeating cannot cure."""
+        from botocore.exceptions import BotoCoreError, ClientError
+        from s3transfer.exceptions import RetriesExceededError
+
+        pauses = _pauses(self.patience_seconds)
+        while True:
+            try:
+                return request()
+            except (BotoCoreError, ClientError, RetriesExceededError) as error:
+                pause_seconds = next(pauses, None)
+                if pause_seconds is None or not _is_transient(error):
+                    raise self._explained(key, error) from error
+            time.sleep(pause_seconds)
+
+    def _explained(self, key: str, error: Exception) -> Exception:
+        """The error a user reads: what was found, what was needed, what to do."""
+        code, status = _code(error), _status(error)
+        endpoint = self.client.meta.endpoint_url
+        if code == "NoSuchBucket":
+            cause = f"{endpoint} has no bucket {self.bucket!r}; create it, or correct the address of the store"
+        elif key and status == 404:
+            return ObjectMissingError(f"store {self.root}: there is no object {key}")
+        elif status in (401, 403):
+            cause = (
+                f"{endpoint} refused the credentials ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or "
+                f"AWS_PROFILE), and that they may use bucket {self.bucket!r}"
+            )
+        elif "Credentials" in code:
+            cause = (
+                "no complete credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
+        elif _is_transient(error):
+            cause = (
+                f"{endpoint} could not be reached, or kept failing, for {self.patience_seconds:g} s ({error}); check "
+                "AWS_ENDPOINT_URL and the network, or try again later"
+            )
+        else:
+            cause = f"{endpoint} failed on {key or 'a listing'} ({error}); check the address of the store"
+        return StoreError(f"store {self.root}: {cause}")
+
+
+def _connect_s3(root: str) -> S3Store:
+    """Set up a client; nothing is sent yet."""
+    from boto3.session import Session
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    def client(addressing_style: Literal["auto", "path"]) -> Any:
+        config = Config(
+            connect_timeout=5,
+            read_timeout=20,
+            max_pool_connections=32,
+            retries={"mode": "standard", "total_max_attempts": 3},
+            # The newer default sends checksums as trailers, which many S3-compatible servers do not take.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            s3={"addressing_style": addressing_style},
+        )
+        return session.client("s3", region_name=region, config=config)
+
+    try:
+        session = Session()
+        region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
+        aws = client("auto")
+        # Only Amazon resolves bucket names as host names.
+        store = S3Store(root, aws if "amazonaws.com" in aws.meta.endpoint_url else client("path"))
+    except (BotoCoreError, ValueError) as error:
+        raise StoreError(f"store {root}: the AWS settings cannot be used ({error}); correct them") from error
+    if not _BUCKET.fullmatch(store.bucket) or (store.prefix and not is_key(store.prefix[:-1])):
+        raise StoreError(f"store {root}: needs the form s3://bucket or s3://bucket/prefix; correct it")
+    return store
+
+
+def _transfer_config() -> Any:
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES, max_concurrency=4)
+
+
+def _pauses(patience_seconds: float) -> Iterator[float]:
+    """Pauses drawn from [0, longest], longest doubling (full jitter), while they end before patience does."""
+    deadline, longest = time.monotonic() + patience_seconds, 0.2
+    while (pause_seconds := random.uniform(0, longest)) < deadline - time.monotonic():
+        yield pause_seconds
+        longest = min(2 * longest, LONGEST_PAUSE_SECONDS)
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed later: cut connections, short bodies, 5xx, throttling, conflicts."""
+    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError
+    from s3transfer.exceptions import RetriesExceededError
+
+    if isinstance(error, ClientError):
+        return _status(error) in _TRANSIENT_STATUSES or _code(error) in _TRANSIENT_CODES
+    return isinstance(error, (ConnectionError, HTTPClientError, IncompleteReadError, RetriesExceededError))
+
+
+def _status(error: Any) -> int:
+    """HTTP status of an answer that was an error; 0 where there was no answer."""
+    return int(getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _code(error: Any) -> str:
+    """S3's code of an answer that was an error; the kind of error where there was no answer."""
+    return str(getattr(error, "response", {}).get("Error", {}).get("Code", type(error).__name__))
