@@ -9,19 +9,19 @@ that carries an adapter, so blocks below it cost a forward product and keep no a
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from fedpipe_core.schemas import EdgeProfile, ModelShape, PredictedCost
 
 TRAINED_BYTES = 16  # fp32 weight, gradient and AdamW's two moments
 FROZEN_BYTES = 4  # fp32 weight of the frozen tail
-VALUE_BYTES = 4  # fp32 activation
 BASE_BYTES = {
     32: 4.0,
     16: 2.0,
     8: 1.0,
     4: 0.5 + 0.127 / 8,
 }  # 4: NF4 with double-quantized absmax (arXiv 2305.14314, §3)
-DENSE_BYTES = {32: 4.0, 16: 2.0, 8: 4.0, 4: 4.0}  # what is not quantized stays fp32 beside a quantized base
+TENSOR_HEADER_BYTES = 120  # safetensors' entry for one tensor, without its name
 WIRE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 64, "nf4": 0.5 + 4 / 64}  # blockwise: one fp32 per 64 values
 FORWARD_SHARE = 1 / 2  # of a frozen weight's work in a step
 TAIL_SHARE = 2 / 3  # of a trained adapter's work in a step: no gradient of its own
@@ -95,10 +95,11 @@ class CostModel:
 
     def resident_bytes(self, bits: int) -> float:
         """Memory that neither batch nor adapters change: base, head, one dequantized matrix, fixed part."""
-        shape = self.shape
-        largest = max((m.out_features * m.in_features for m in shape.modules.values()), default=0)
-        base = shape.linear_parameters * BASE_BYTES[bits] + shape.other_parameters * DENSE_BYTES[bits]
-        dequantized = VALUE_BYTES * largest if bits < 16 else 0
+        shape, value = self.shape, self.profile.value_bytes
+        quantized = bits < 16
+        dense = value if quantized else BASE_BYTES[bits]
+        base = shape.linear_parameters * BASE_BYTES[bits] + shape.other_parameters * dense
+        dequantized = value * self._largest_matrix if quantized else 0
         return base + TRAINED_BYTES * shape.head_parameters + dequantized + self.profile.fixed_bytes
 
     def adapter_bytes(self, module: str, rank: int) -> float:
@@ -110,22 +111,22 @@ class CostModel:
         """Per token: the module's input, kept because A now needs it, and the adapter's inner values."""
         if rank == 0:
             return 0.0
+        value = self.profile.value_bytes
         kept = self.profile.activation_cost.per_token_module_bytes.get(module)
-        return VALUE_BYTES * rank + (VALUE_BYTES * self.shape.modules[module].in_features if kept is None else kept)
+        return value * rank + (value * self.shape.modules[module].in_features if kept is None else kept)
 
     def backbone_activation_bytes(self, tokens: float, lowest_block: int, checkpointing: bool) -> float:
         """What the frozen network keeps, with the logits and the widest gradient in flight.
 
         Without checkpointing every reached block keeps its share; with it each keeps its input, and one is recomputed.
         """
-        cost, blocks = self.profile.activation_cost, self.shape.num_blocks
+        cost, blocks, value = self.profile.activation_cost, self.shape.num_blocks, self.profile.value_bytes
         reached = blocks - lowest_block
         if checkpointing:
-            per_token = VALUE_BYTES * self.shape.hidden_features * reached + cost.per_token_bytes / blocks
+            per_token = value * self.shape.hidden_features * reached + cost.per_token_bytes / blocks
         else:
             per_token = cost.per_token_bytes * reached / blocks
-        widest = max((self._features(name) for name in self.shape.modules), default=0)
-        return cost.fixed_bytes + tokens * (per_token + VALUE_BYTES * widest) + self._logits_bytes(tokens)
+        return cost.fixed_bytes + tokens * (per_token + value * self._widest_module) + self._logits_bytes(tokens)
 
     def backbone_seconds_per_token(self, bits: int, lowest_block: int, checkpointing: bool) -> float:
         """Forward everywhere; backward, and a second forward when checkpointing, in the reached blocks."""
@@ -152,12 +153,25 @@ class CostModel:
 
     def upload_bytes(self, ranks: Mapping[str, int]) -> int:
         """Bytes of the trained factors and the head."""
-        values = sum(rank * self._features(name) for name, rank in ranks.items()) + self.shape.head_parameters
-        return round(values * WIRE_BYTES[self.wire_dtype])
+        head = self.shape.head_parameters * WIRE_BYTES[self.wire_dtype]
+        return round(head + sum(self.module_upload_bytes(name, rank) for name, rank in ranks.items()))
+
+    def module_upload_bytes(self, module: str, rank: int) -> float:
+        """Bytes of one module's B and A."""
+        header = 2 * (TENSOR_HEADER_BYTES + len(module))
+        return rank * self._features(module) * WIRE_BYTES[self.wire_dtype] + header
 
     def download_bytes(self, ranks: Mapping[str, int]) -> int:
         """Bytes of the global adapter and the head."""
         return self.upload_bytes({**ranks, **self.global_ranks})
+
+    @cached_property
+    def _widest_module(self) -> int:
+        return max((self._features(name) for name in self.shape.modules), default=0)
+
+    @cached_property
+    def _largest_matrix(self) -> int:
+        return max((m.out_features * m.in_features for m in self.shape.modules.values()), default=0)
 
     def _features(self, module: str) -> int:
         shape = self.shape.modules[module]
@@ -166,7 +180,7 @@ class CostModel:
     def _logits_bytes(self, tokens: float) -> float:
         longest = self.profile.longest_example_tokens or self.profile.tokens_per_example
         positions = tokens if self.shape.scored_positions == "token" else tokens / longest
-        return 2 * VALUE_BYTES * self.shape.output_features * positions
+        return 2 * self.profile.value_bytes * self.shape.output_features * positions
 
     def _adapter_activations(self, work: Work) -> float:
         blocks = [0.0] * self.shape.num_blocks

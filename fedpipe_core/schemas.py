@@ -92,6 +92,9 @@ class EdgeProfile(Record):
     bandwidth_bytes_per_second: FiniteFloat = Field(gt=0)
     step_cost: StepCost
     activation_cost: ActivationCost
+    value_bytes: Literal[2, 4] = Field(
+        4, description="Bytes of an activation, and of a weight that stays dense beside a quantized base"
+    )
     fixed_bytes: NonNegativeInt = Field(0, description="Memory in use before the base is loaded, charged to the budget")
     scores: dict[str, list[float]] = Field(
         description="Per module the importance of each further rank, falling; all scores of an edge sum to 1"
