@@ -108,6 +108,11 @@ def tokens_per_example(tokenized: TokenizedExamples, batch_size: int, pad_to_mul
     return float(lengths @ np.diff(below))
 
 
+def longest_example_tokens(tokenized: TokenizedExamples, pad_to_multiple_of: int = 1) -> int:
+    """Width of the widest batch these rows can give, in tokens: what the peak memory follows from."""
+    return _padded_length(max(len(ids) for ids in tokenized.token_ids), pad_to_multiple_of)
+
+
 def pad_batch(tokenized: TokenizedExamples, indices: Sequence[int], pad_to_multiple_of: int = 1) -> Batch:
     """The rows at `indices` as tensors, padded on the right to the longest of them, rounded up to the multiple."""
     rows = [tokenized.token_ids[index] for index in indices]

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from fedpipe_core.batches import (
     TokenizedExamples,
     evaluation_batches,
+    longest_example_tokens,
     pad_batch,
     tokenize,
     tokens_per_example,
@@ -145,6 +146,11 @@ def test_evaluation_batches_come_longest_first_and_pad_rows_of_like_length_toget
 def test_tokens_per_example_is_the_mean_length_in_batches_of_one():
     assert tokens_per_example(rows_of_lengths(1, 2, 6), batch_size=1) == pytest.approx(3.0)
     assert tokens_per_example(rows_of_lengths(1, 2, 6), batch_size=1, pad_to_multiple_of=4) == pytest.approx(16 / 3)
+
+
+def test_longest_example_tokens_is_the_width_of_the_widest_batch():
+    assert longest_example_tokens(rows_of_lengths(3, 9, 5)) == 9
+    assert longest_example_tokens(rows_of_lengths(3, 9, 5), pad_to_multiple_of=8) == 16
 
 
 def test_tokens_per_example_foresees_the_width_of_training_batches():
