@@ -31,9 +31,9 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
     Raises DataError, with the place, for a file that is missing, of another suffix, unreadable, damaged or empty.
     """
+    _require_file(path)
     path = Path(path)
     read, count = _reader_of(path), 0
-    _require_file(path)
     try:
         for count, row in enumerate(read(path), start=1):  # noqa: B007  (the count outlives the loop)
             yield row
@@ -60,10 +60,10 @@ def _reader_of(path: Path) -> Callable[[Path], Iterator[Row]]:
     return _READERS[suffix]
 
 
-def _require_file(path: Path) -> None:
-    if path.is_file():
+def _require_file(path: str | Path) -> None:
+    if Path(path).is_file():
         return
-    what = "is a folder" if path.is_dir() else "does not exist"
+    what = "is an address" if "://" in str(path) else "is a folder" if Path(path).is_dir() else "does not exist"
     raise DataError(f"{path} {what}, needed a local file of rows; correct the path in the config's `data` section")
 
 
