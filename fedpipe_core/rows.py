@@ -67,8 +67,12 @@ def _require_file(path: str | Path) -> None:
     raise DataError(f"{path} {what}, needed a local file of rows; correct the path in the config's `data` section")
 
 
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
 def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
+    return cast(IO[bytes], gzip.open(path, "rb")) if _is_packed(path) else path.open("rb")
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -149,9 +153,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        # Parquet is read from its end, which a gzip stream cannot do: unpack it into memory first.
-        source = io.BytesIO(_open(path).read()) if path.suffix.lower() == ".gz" else path
-        with ParquetFile(source) as file:
+        # Parquet is read from its end, which is slow in a gzip stream: that is unpacked into memory first.
+        with _open(path) as stream, ParquetFile(io.BytesIO(stream.read()) if _is_packed(path) else path) as file:
             rows = (values for batch in file.iter_batches() for values in batch.to_pylist())
             for number, values in enumerate(rows, start=1):
                 yield Row(f"row {number}", values)
