@@ -7,6 +7,7 @@ leaves to `fedpipe_core.training` how many steps are made and to `fedpipe_core.e
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Batch = dict[str, Tensor]
+_tokenizing = Lock()
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ def tokenize(examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_token
 def _token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> list[list[int]]:
     if not texts:
         return []
-    encoded = tokenizer(
-        texts, truncation=True, max_length=max_tokens, return_attention_mask=False, return_token_type_ids=False
-    )
+    with _tokenizing:  # the length is state of the shared tokenizer: another thread's call would change it midway
+        encoded = tokenizer(
+            texts, truncation=True, max_length=max_tokens, return_attention_mask=False, return_token_type_ids=False
+        )
     ids: list[list[int]] = encoded["input_ids"]
     return ids
 

@@ -1,4 +1,5 @@
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -54,6 +55,14 @@ def test_tokenize_cuts_the_text_and_keeps_the_special_tokens():
 
 def test_tokenize_takes_no_rows_as_an_empty_validation_split():
     assert len(tokenize(Examples([], []), word_tokenizer(), max_tokens=4)) == 0
+
+
+def test_tokenize_keeps_to_its_own_length_while_other_edges_use_the_same_tokenizer():
+    examples, tokenizer = Examples(["turn on the light off " * 20] * 300, [0] * 300), word_tokenizer()
+    lengths = [8, 16, 32, 64] * 5
+    with ThreadPoolExecutor(4) as pool:
+        shards = list(pool.map(lambda length: tokenize(examples, tokenizer, length), lengths))
+    assert [{len(ids) for ids in shard.token_ids} for shard in shards] == [{length} for length in lengths]
 
 
 def test_tokenize_refuses_a_tokenizer_without_a_padding_token():
