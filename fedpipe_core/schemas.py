@@ -19,7 +19,7 @@ class Record(BaseModel):
 class DataReference(Record):
     """The object a record vouches for."""
 
-    key: str = Field(description="Key of the object, relative to the run")
+    key: str = Field(description="Key of the object, relative to the store")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     size_bytes: NonNegativeInt
 

@@ -37,8 +37,9 @@ class LocalStore:
         return self._create(self._path(key), data)
 
     def put_file(self, key: str, path: Path) -> None:
+        target = self._path(key)
         with path.open("rb") as source:
-            self._replace(self._path(key), source)
+            self._replace(target, source)
 
     def get(self, key: str) -> bytes:
         with self._opened(key) as source:

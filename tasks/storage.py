@@ -289,11 +289,15 @@ def _is_transient(error: Exception) -> bool:
     return isinstance(error, (ConnectionError, HTTPClientError, IncompleteReadError, RetriesExceededError))
 
 
-def _status(error: Any) -> int:
+def _status(error: Exception) -> int:
     """HTTP status of an answer that was an error; 0 where there was no answer."""
-    return int(getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return int(_answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-def _code(error: Any) -> str:
+def _code(error: Exception) -> str:
     """S3's code of an answer that was an error; the kind of error where there was no answer."""
-    return str(getattr(error, "response", {}).get("Error", {}).get("Code", type(error).__name__))
+    return str(_answer(error).get("Error", {}).get("Code", type(error).__name__))
+
+
+def _answer(error: Exception) -> dict[str, Any]:
+    return getattr(error, "response", None) or {}  # None where the connection was cut

@@ -1,0 +1,66 @@
+"""The few fixtures that tests of several packages share."""
+
+import os
+from collections.abc import Iterator
+from uuid import uuid4
+
+import pytest
+from s3_servers import FaultProxy, fault_proxy, moto_server
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """Address of an S3 server: the one in FEDPIPE_TEST_S3_ENDPOINT, or else moto's, started when first needed."""
+    if endpoint := os.environ.get("FEDPIPE_TEST_S3_ENDPOINT"):
+        yield endpoint
+    else:
+        with moto_server() as endpoint:
+            yield endpoint
+
+
+@pytest.fixture(scope="session")
+def s3_environment(s3_endpoint: str) -> dict[str, str]:
+    """What the SDK must find in the environment; credentials are invented where no real endpoint is named."""
+    settings = {"AWS_ENDPOINT_URL": s3_endpoint, "AWS_EC2_METADATA_DISABLED": "true"}
+    if "FEDPIPE_TEST_S3_ENDPOINT" in os.environ:
+        return settings
+    nowhere = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+    return settings | nowhere | {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "secret"}
+
+
+@pytest.fixture(scope="session")
+def s3_bucket(s3_environment: dict[str, str]) -> str:
+    """A bucket to test in: the one in FEDPIPE_TEST_S3_BUCKET, made if it is missing."""
+    from boto3.session import Session
+    from botocore.config import Config
+
+    bucket = os.environ.get("FEDPIPE_TEST_S3_BUCKET", "fedpipe-test")
+    with pytest.MonkeyPatch.context() as patch:
+        _apply(s3_environment, patch)
+        path_style = Config(s3={"addressing_style": "path"})
+        client = Session().client("s3", region_name=os.environ.get("AWS_REGION", "us-east-1"), config=path_style)
+        if bucket not in {found["Name"] for found in client.list_buckets()["Buckets"]}:
+            client.create_bucket(Bucket=bucket)
+    return bucket
+
+
+@pytest.fixture
+def s3_root(s3_bucket: str, s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Address of an empty S3 store that the SDK is set up for."""
+    _apply(s3_environment, monkeypatch)
+    return f"s3://{s3_bucket}/{uuid4().hex}"
+
+
+@pytest.fixture
+def s3_proxy(s3_root: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Put a fault-injecting proxy between the SDK and the server."""
+    with fault_proxy(s3_endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        yield proxy
+
+
+def _apply(environment: dict[str, str], patch: pytest.MonkeyPatch) -> None:
+    if "AWS_CONFIG_FILE" in environment:
+        patch.delenv("AWS_PROFILE", raising=False)
+    for name, value in environment.items():
+        patch.setenv(name, value)
