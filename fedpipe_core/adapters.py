@@ -5,6 +5,7 @@ of a model is `model`'s to decide, how updates are combined `aggregation`'s.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -62,6 +63,27 @@ def split_for_edge(adapter: Adapter, ranks: Mapping[str, int], seed: int) -> tup
     return Adapter(trained, adapter.head), tail
 
 
+def truncated_for_edge(adapter: Adapter, ranks: Mapping[str, int], seed: int) -> tuple[Adapter, dict[str, LowRank]]:
+    """`split_for_edge` as HETLoRA, FlexLoRA, raFLoRA and FedIT publish it: what an edge cannot train it does not see.
+
+    The components of a trained module beyond the edge's rank are dropped, so edges start from different functions.
+    """
+    trained, tail = split_for_edge(adapter, ranks, seed)
+    return trained, {module: factors for module, factors in tail.items() if module not in ranks}
+
+
+def fresh_for_edge(adapter: Adapter, ranks: Mapping[str, int], seed: int) -> tuple[Adapter, dict[str, LowRank]]:
+    """`split_for_edge` as FLoRA publishes it: all that was learned is frozen, and a new adapter starts at B = 0."""
+    fresh = {
+        module: LowRank(
+            adapter.factors[module].B.new_zeros(adapter.factors[module].shape[0], rank),
+            _random_rows(seed, module, rank, adapter.factors[module].shape[1]),
+        )
+        for module, rank in ranks.items()
+    }
+    return Adapter(fresh, adapter.head), {m: factors for m, factors in adapter.factors.items() if bool(factors.B.any())}
+
+
 def _split(factors: LowRank, rank: int, seed: int, module: str) -> tuple[LowRank, LowRank]:
     lengths = factors.A.norm(dim=1)
     live = (lengths > DEAD_ROW_SHARE * lengths.max()) if factors.rank else lengths > 0
@@ -82,7 +104,7 @@ def _random_rows(seed: int, module: str, rows: int, in_features: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{module}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     uniform = torch.stack([torch.rand(in_features, generator=generator) for _ in range(rows)])
-    return (2 * uniform - 1) / in_features**0.5
+    return (2 * uniform - 1).div(math.sqrt(in_features))
 
 
 def joined(trained: Adapter, tail: Mapping[str, LowRank]) -> Adapter:

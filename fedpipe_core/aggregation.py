@@ -4,7 +4,7 @@ The rules themselves are in `aggregation_rules`; which updates may count at all 
 Modules are aggregated one after another, so memory is bounded by one module's factors, however many edges there are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,24 +16,18 @@ from fedpipe_core.aggregation_rules import RULES, Contribution
 from fedpipe_core.config import AggregationSpec
 from fedpipe_core.errors import UpdateRefusedError
 from fedpipe_core.low_rank import LowRank, RunningSum
+from fedpipe_core.update_geometry import Update, center_weights
 
-
-@dataclass(frozen=True, eq=False)
-class Update:
-    """What one edge returned: the factors it started from and what it made of them (`split_for_edge`'s first part)."""
-
-    edge_id: str
-    start: Adapter
-    trained: Adapter
-    num_examples: int
+__all__ = ["RULES", "Aggregate", "Update", "aggregate"]
 
 
 @dataclass(frozen=True, eq=False)
 class Aggregate:
-    """The next global adapter, and per module the Frobenius norm of what its truncation cut."""
+    """The next global adapter, per module the Frobenius norm of what was cut, and per edge the weight it had."""
 
     adapter: Adapter
     truncation_error: dict[str, float]
+    weights: dict[str, float]
 
 
 def aggregate(
@@ -49,13 +43,14 @@ def aggregate(
     """
     ordered = sorted(updates, key=lambda update: update.edge_id)
     _check_edges(previous, ordered)
+    weights = center_weights(ordered, spec)
     factors: dict[str, LowRank] = {}
     errors: dict[str, float] = {}
     for module, old in previous.factors.items():
-        contributions = _contributions(module, previous, ordered, spec)
+        contributions = _contributions(module, previous, ordered, weights, spec.weighting)
         before = before_previous.factors.get(module) if before_previous else None
         factors[module], errors[module] = _next_factors(old, before, contributions, spec)
-    return Aggregate(Adapter(factors, _mean_head(previous, ordered)), errors)
+    return Aggregate(Adapter(factors, _mean_head(previous, ordered, weights)), errors, weights)
 
 
 def _check_edges(previous: Adapter, ordered: Sequence[Update]) -> None:
@@ -72,16 +67,17 @@ def _check_edges(previous: Adapter, ordered: Sequence[Update]) -> None:
 
 
 def _contributions(
-    module: str, previous: Adapter, ordered: Sequence[Update], spec: AggregationSpec
+    module: str, previous: Adapter, ordered: Sequence[Update], weights: Mapping[str, float], weighting: str
 ) -> list[Contribution]:
     """Contributions with weights that sum to 1; under `all`, edges that did not train the module count as unchanged."""
-    holders = [update for update in ordered if module in update.trained.factors]
-    counted = ordered if spec.weighting == "all" else holders
-    examples = sum(update.num_examples for update in counted)
-    contributions = [Contribution(module, u.num_examples / examples, u.start, u.trained) for u in holders]
-    rest = 1.0 - sum(u.num_examples for u in holders) / examples if holders else 0.0
-    if rest > 0:
-        contributions.append(Contribution(module, rest, previous, previous))
+    holders = [u for u in ordered if module in u.trained.factors and weights[u.edge_id]]
+    held = sum(weights[update.edge_id] for update in holders)
+    if not holders:
+        return []
+    total = sum(weights.values()) if weighting == "all" else held
+    contributions = [Contribution(u.edge_id, module, weights[u.edge_id] / total, u.start, u.trained) for u in holders]
+    if len(holders) < len(ordered) and weighting == "all":
+        contributions.append(Contribution("others", module, 1.0 - held / total, previous, previous))
     return contributions
 
 
@@ -111,11 +107,11 @@ def _server_step(
     return total
 
 
-def _mean_head(previous: Adapter, ordered: Sequence[Update]) -> dict[str, Tensor]:
-    examples = sum(update.num_examples for update in ordered)
-    if not examples:
+def _mean_head(previous: Adapter, ordered: Sequence[Update], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    total = sum(weights.values())
+    if not total:
         return dict(previous.head)
-    shares = [update.num_examples / examples for update in ordered]
+    shares = [weights[update.edge_id] / total for update in ordered]
     return {name: _weighted_mean([u.trained.head[name] for u in ordered], shares) for name in previous.head}
 
 

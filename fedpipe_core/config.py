@@ -193,6 +193,12 @@ class AggregationSpec(Spec):
     weighting: Literal["trained", "all"] = Field(
         "trained", description="Weights by examples over the edges that trained a module, or over all participants"
     )
+    center: Literal["mean", "trimmed_mean", "geometric_median"] = Field(
+        "mean",
+        description="`mean` weighs edges by examples; `trimmed_mean` leaves out the edges farthest from the geometric "
+        "median of the changes; `geometric_median` weighs them down by their distance from it",
+    )
+    trim_share: float = Field(0.2, ge=0, lt=0.5, description="Share of the edges left out by `center: trimmed_mean`")
     server_step: float = Field(1.0, gt=0, le=10, description="Factor on the averaged change")
     server_momentum: float = Field(0.0, ge=0, lt=1, description="Share of the last round's change that is added again")
     rank_cap: Rank = Field(32, description="Largest rank of the global adapter")

@@ -3,6 +3,7 @@
 This module knows linear algebra alone; which matrices are summed with which weights is `aggregation_rules`' to decide.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class LowRank:
 
     def norm(self) -> float:
         """Frobenius norm of the product."""
-        return max(inner(self, self), 0.0) ** 0.5
+        return math.sqrt(max(inner(self, self), 0.0))
 
 
 def inner(left: LowRank, right: LowRank) -> float:
@@ -158,12 +159,23 @@ class RunningSum:
         for term in terms:
             self.add(term, weight)
 
+    def inner(self, product: LowRank) -> float:
+        """Frobenius inner product of the sum so far with a product."""
+        found = 0.0 if self._dense is None else float(((product.B.T @ self._dense) * product.A).double().sum())
+        return found + sum(inner(term, product) for term in self._terms)
+
     def truncate(self, energy: float, rank_cap: int) -> tuple[LowRank, float]:
         """`truncate` of the sum so far."""
         if self._dense is None:
             return truncate(stacked(self._terms), energy, rank_cap)
         self._multiply_out()
         return truncate_dense(self._dense, energy, rank_cap)
+
+    def exact(self) -> LowRank:
+        """The sum as one product: stacked, or compressed without loss where stacking would exceed min(out, in)."""
+        if self._dense is None:
+            return stacked(self._terms)
+        return self.truncate(1.0, min(self._dense.shape))[0]
 
     def _multiply_out(self) -> None:
         if not self._terms:
