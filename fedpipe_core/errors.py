@@ -13,7 +13,8 @@ FedPipeError
     ├── UpdateRefusedError    an update that must not count
     ├── IntegrityError        bytes that are not what their record says
     ├── QuorumError           fewer updates than `min_edges`
-    └── ReleaseError          an export or a registration that failed
+    ├── ReleaseError          an export or a registration that failed
+    └── TrackingError         MLflow could not be reached, or refused a record
 
 A message is one sentence: who, what was found, what was needed, what to do next.
 """
@@ -79,3 +80,7 @@ class QuorumError(RunError):
 
 class ReleaseError(RunError):
     """Raised when an export, its check or its registration fails."""
+
+
+class TrackingError(RunError):
+    """Raised when MLflow cannot be reached or refuses a record; what the store holds is unharmed."""

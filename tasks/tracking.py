@@ -1,0 +1,336 @@
+"""What of a federation is recorded in MLflow, and how: runs, metrics per round, artifacts, model files.
+
+The only module that imports mlflow, and not before it is needed. It speaks to `MlflowClient` with explicit run ids:
+the fluent API's active run is state of a thread and is lost in parallel tasks. Which version is champion is
+`tasks.registry`'s matter.
+"""
+
+import fcntl
+import functools
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedpipe_core.config import TrackingSpec
+from fedpipe_core.errors import IntegrityError, ReleaseError, TrackingError
+from fedpipe_core.predictions import Predictions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RUN_TAG = "fedpipe.run"
+STORE_TAG = "fedpipe.store"
+EDGE_TAG = "fedpipe.edge"
+_SQLITE = "sqlite:///"
+_SERVING_CODE = Path(__file__).with_name("serving_model.py")
+_SERVING_PACKAGES = ("mlflow", "torch", "transformers", "safetensors")
+_PARAMS_PER_CALL = 100  # MLflow's limit of one batch
+_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the default of 7 lets an unreachable server hang for minutes
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """Where one federation is recorded; a plain value, so that any thread or process can go on logging."""
+
+    uri: str
+    experiment: str
+    run_id: str
+
+
+def tracking_uri(spec: TrackingSpec, store_root: str) -> str:
+    """Return the config's URI, else MLFLOW_TRACKING_URI, else a SQLite file beside the store.
+
+    A store on S3 has no folder to put the file beside; `.fedpipe/` of the working directory takes it.
+    """
+    configured = spec.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if configured:
+        return configured
+    folder = Path(".fedpipe") if "://" in store_root else Path(store_root).absolute().parent
+    return f"{_SQLITE}{folder.absolute() / 'mlflow.db'}"
+
+
+def open_run(
+    uri: str, experiment: str, run_name: str, tags: Mapping[str, str], params: Mapping[str, object]
+) -> TrackedRun:
+    """Start the MLflow run of a federation, or continue the one of the same name and store.
+
+    Creates and migrates a SQLite file once, here, before anything runs in parallel. Nested params get dotted names.
+    Raises TrackingError when MLflow cannot be reached.
+    """
+    with speaking_to(uri):
+        mlflow = connect(uri)
+        experiment_id = _experiment_id(uri, experiment)
+        run_id = _find_run(uri, experiment_id, run_name, tags.get(STORE_TAG))
+        if run_id is None:
+            run_id = mlflow.create_run(experiment_id, tags={**tags, RUN_TAG: run_name}, run_name=run_name).info.run_id
+        mlflow.update_run(run_id, status="RUNNING")
+    run = TrackedRun(uri, experiment, run_id)
+    log_params(run, params)
+    return run
+
+
+def log_params(run: TrackedRun, params: Mapping[str, object]) -> None:
+    """Record parameters that are not recorded yet; nested ones get dotted names."""
+    from mlflow.entities import Param
+
+    with speaking_to(run.uri):
+        known = connect(run.uri).get_run(run.run_id).data.params
+        new = [Param(key, value) for key, value in _flatten(params) if key not in known]
+        for start in range(0, len(new), _PARAMS_PER_CALL):
+            connect(run.uri).log_batch(run.run_id, params=new[start : start + _PARAMS_PER_CALL])
+
+
+def log_round(
+    run: TrackedRun, round_index: int, metrics: Mapping[str, float], edge_metrics: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Record a round's metrics at step `round_index`, and each edge's in a child run of its own.
+
+    A round that is already recorded is left as it is, so a resumed run may log its rounds again.
+    """
+    with speaking_to(run.uri):
+        _log_step(run.uri, run.run_id, round_index, metrics)
+        children = _edge_runs(run) if edge_metrics else {}
+        for edge_id, values in sorted(edge_metrics.items()):
+            child = children.get(edge_id) or _start_edge_run(run, edge_id)
+            _log_step(run.uri, child, round_index, values)
+
+
+def log_json(run: TrackedRun, document: object, path: str) -> None:
+    """Keep a JSON document as artifact `path` of the run."""
+    log_text(run, json.dumps(document, indent=2, sort_keys=True), path)
+
+
+def log_text(run: TrackedRun, text: str, path: str) -> None:
+    """Keep a text as artifact `path` of the run."""
+    with speaking_to(run.uri):
+        connect(run.uri).log_text(run.run_id, text, path)
+
+
+def log_figure(run: TrackedRun, figure: "Figure", path: str) -> None:
+    """Keep a matplotlib figure as artifact `path` (.png, .svg or .html) of the run."""
+    with speaking_to(run.uri):
+        connect(run.uri).log_figure(run.run_id, figure, path)
+
+
+def log_folder(run: TrackedRun, folder: Path, artifact_path: str) -> None:
+    """Copy a folder, an adapter for example, into the run's artifacts under `artifact_path`."""
+    with speaking_to(run.uri):
+        connect(run.uri).log_artifacts(run.run_id, str(folder), artifact_path)
+
+
+def close_run(run: TrackedRun, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    """End the run and its edges' child runs; `open_run` can continue it all the same."""
+    with speaking_to(run.uri):
+        for run_id in (*_edge_runs(run).values(), run.run_id):
+            connect(run.uri).set_terminated(run_id, status)
+
+
+def save_predictions(run: TrackedRun, predictions: Predictions) -> None:
+    """Keep the released model's answers, under the hash of the evaluation set they belong to."""
+    log_text(run, predictions.to_json(), _predictions_path(predictions.evaluation_sha256))
+
+
+def load_predictions(uri: str, run_id: str, evaluation_sha256: str) -> Predictions | None:
+    """Return the answers kept in a run for this evaluation set; with None the model has to be evaluated on it.
+
+    Raises IntegrityError when what was kept belongs to another evaluation set or cannot be read.
+    """
+    path = _predictions_path(evaluation_sha256)
+    with speaking_to(uri), TemporaryDirectory() as folder:
+        client = connect(uri)
+        if path not in {kept.path for kept in client.list_artifacts(run_id, str(Path(path).parent))}:
+            return None
+        text = Path(client.download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")
+    predictions = Predictions.from_json(text)
+    if predictions.evaluation_sha256 != evaluation_sha256:
+        raise IntegrityError(
+            f"predictions kept as {path} belong to evaluation set {predictions.evaluation_sha256}; "
+            "evaluate the model again"
+        )
+    return predictions
+
+
+@dataclass(frozen=True)
+class LoggedModel:
+    """Model files that MLflow holds, not yet registered."""
+
+    model_id: str
+    location: str
+
+
+def log_model(run: TrackedRun, name: str, model_folder: Path, card: str) -> LoggedModel:
+    """Log a merged classifier as a python-function model that needs no code of ours.
+
+    The serving code travels as text; requirements are the installed versions of what it imports; the card is README.md.
+    Raises ReleaseError when the folder holds no model.
+    """
+    if not (model_folder / "config.json").is_file():
+        raise ReleaseError(
+            f"{model_folder} holds no config.json; a model to register is a folder in Hugging Face format"
+        )
+    from mlflow.entities import LoggedModelOutput
+
+    with speaking_to(run.uri), TemporaryDirectory() as folder:
+        client = connect(run.uri)
+        experiment_id = client.get_run(run.run_id).info.experiment_id
+        logged = client.create_logged_model(experiment_id, name=name, source_run_id=run.run_id)
+        files = Path(folder) / "model"
+        _write_model_files(files, model_folder, logged, run.run_id)
+        (files / "README.md").write_text(card, encoding="utf-8")
+        client.log_model_artifacts(logged.model_id, str(files))
+        client.finalize_logged_model(logged.model_id, "READY")
+        client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    return LoggedModel(logged.model_id, logged.artifact_location)
+
+
+@functools.lru_cache(maxsize=8)
+def connect(uri: str) -> Any:
+    """Return the `MlflowClient` of a tracking server or database, whose registry lies at the same place."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    with _sole_migration(uri):
+        from mlflow import MlflowClient
+
+        for noisy in ("mlflow", "alembic"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)  # creates and migrates a SQLite file
+        return client
+
+
+@contextmanager
+def speaking_to(uri: str) -> Iterator[None]:
+    """Turn what MLflow raises inside the block into one TrackingError with the start of the reason."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_trackers_fault(error):
+            raise
+        shown = re.sub(r"//[^/@]*@", "//", uri)  # a database URI may carry a password
+        reason = shorten(str(error) or repr(error), 300)
+        raise TrackingError(
+            f"MLflow at {shown} did not answer or refused: {reason}; check tracking.uri or MLFLOW_TRACKING_URI"
+        ) from error
+
+
+def _is_trackers_fault(error: Exception) -> bool:
+    origin = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError) or origin in ("mlflow", "sqlalchemy", "requests", "boto3", "botocore")
+
+
+@contextmanager
+def _sole_migration(uri: str) -> Iterator[None]:
+    """Let one process at a time open a SQLite file: concurrent first migrations break each other."""
+    if not uri.startswith(_SQLITE):
+        yield
+        return
+    database = Path(uri.removeprefix(_SQLITE))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(f"{database.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, and when the process dies
+        yield
+
+
+def _experiment_id(uri: str, experiment: str) -> str:
+    """Return the experiment's id; a new one on SQLite keeps its artifacts beside the database."""
+    client = connect(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        location = None
+        if uri.startswith(_SQLITE):
+            location = (Path(uri.removeprefix(_SQLITE)).absolute().parent / "mlartifacts" / experiment).as_uri()
+        try:
+            return str(client.create_experiment(experiment, artifact_location=location))
+        except Exception as error:
+            found = client.get_experiment_by_name(experiment)  # another process may have been first
+            if found is None:
+                raise error
+    return str(found.experiment_id)
+
+
+def _find_run(uri: str, experiment_id: str, run_name: str, store: str | None) -> str | None:
+    found = connect(uri).search_runs([experiment_id], filter_string=f"tags.`{RUN_TAG}` = '{run_name}'")
+    matches = [run.info.run_id for run in found if run.data.tags.get(STORE_TAG) == store]
+    return matches[0] if matches else None
+
+
+def _edge_runs(run: TrackedRun) -> dict[str, str]:
+    """Return the id of every edge's child run."""
+    client = connect(run.uri)
+    experiment_id = client.get_run(run.run_id).info.experiment_id
+    condition, token, children = f"tags.`mlflow.parentRunId` = '{run.run_id}'", None, {}
+    while True:
+        page = client.search_runs([experiment_id], filter_string=condition, page_token=token)
+        children.update({child.data.tags.get(EDGE_TAG, ""): child.info.run_id for child in page})
+        token = page.token
+        if not token:
+            return children
+
+
+def _start_edge_run(run: TrackedRun, edge_id: str) -> str:
+    client = connect(run.uri)
+    experiment_id = client.get_run(run.run_id).info.experiment_id
+    tags = {"mlflow.parentRunId": run.run_id, EDGE_TAG: edge_id}
+    return str(client.create_run(experiment_id, tags=tags, run_name=edge_id).info.run_id)
+
+
+def _log_step(uri: str, run_id: str, step: int, metrics: Mapping[str, float]) -> None:
+    """Record metrics at one step in one transaction, unless the step has been recorded."""
+    from mlflow.entities import Metric
+
+    if not metrics:
+        return
+    client, now = connect(uri), int(time.time() * 1000)
+    if step not in {known.step for known in client.get_metric_history(run_id, min(metrics))}:
+        client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+
+
+def _flatten(params: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _predictions_path(evaluation_sha256: str) -> str:
+    return f"predictions/{evaluation_sha256}.json"
+
+
+def _write_model_files(files: Path, model_folder: Path, logged: Any, run_id: str) -> None:
+    from mlflow.models import Model, ModelSignature
+    from mlflow.pyfunc import save_model
+    from mlflow.types import ColSpec, Schema
+
+    outputs = [ColSpec("long", "label"), ColSpec("string", "label_name"), ColSpec("double", "score")]
+    save_model(
+        files,
+        mlflow_model=Model(
+            artifact_path=logged.artifact_location, model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id
+        ),
+        python_model=str(_SERVING_CODE),
+        artifacts={"model": str(model_folder)},
+        # An unnamed column takes a list of texts and a table with one column; a named one refuses the list.
+        signature=ModelSignature(inputs=Schema([ColSpec("string")]), outputs=Schema(outputs)),
+        input_example=["where is my parcel", "set a timer for ten minutes"],
+        pip_requirements=serving_requirements(),
+    )
+
+
+def serving_requirements() -> list[str]:
+    """Return what a server has to install, pinned to what is installed here without build suffixes like `+cpu`."""
+    return [f"{name}=={installed_version(name).partition('+')[0]}" for name in _SERVING_PACKAGES]
