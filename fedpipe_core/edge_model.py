@@ -1,0 +1,165 @@
+"""One edge's instance of the base: adapters of its planned ranks, a frozen tail beside them, and a head of its own.
+
+Built once per federation; each round loads the global adapter into it and reads back what was trained. Instances made
+from one `Base` share its frozen tensors, so N edges in a process hold one base.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpipe_core.adapters import Adapter
+from fedpipe_core.low_rank import LowRank
+from fedpipe_core.model import adaptable_modules, device_of, head_modules, head_parameters, share
+
+TRAINED = "default"  # PEFT's usual name, so that its own tools find the adapter
+TAIL = "tail"
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeModel:
+    """A model with trainable adapters and head. `scaling` = alpha / rank of every trained adapter."""
+
+    model: nn.Module
+    tuner: Any
+    ranks: Mapping[str, int]
+    tail_ranks: Mapping[str, int]
+    scaling: float
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The trained factors, B and A of every adapted module."""
+        return [parameter for name in self.ranks for parameter in _factors(self.model, name, TRAINED)]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The head, trained in full."""
+        return list(head_parameters(self.model).values())
+
+
+def build_edge_model(
+    base: nn.Module, ranks: Mapping[str, int], rank_cap: int, scaling: float, checkpointing: bool = False
+) -> EdgeModel:
+    """Put adapters of the planned ranks on a shared copy of the base, with room for a frozen tail up to `rank_cap`."""
+    from peft import LoraModel
+
+    names = list(adaptable_modules(base))
+    model = share(base)
+    own_head(model)
+    tail_ranks = {name: rank_cap - ranks.get(name, 0) for name in names if rank_cap > ranks.get(name, 0)}
+    tuner = LoraModel(model, _lora_config(ranks, scaling), TRAINED)
+    if tail_ranks:
+        tuner.peft_config[TAIL] = _lora_config(tail_ranks, 1.0)
+        tuner.inject_adapter(model, TAIL)
+    if checkpointing:
+        # Blocks only checkpoint in training mode; dropout was set to zero when the base was loaded.
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    edge = EdgeModel(model, tuner, dict(ranks), tail_ranks, scaling)
+    _activate(edge, tail=False)
+    return edge
+
+
+def load_adapter(edge: EdgeModel, trained: Adapter, tail: Mapping[str, LowRank]) -> None:
+    """Load what `split_for_edge` made of the global adapter. An empty tail costs nothing in the forward pass."""
+    with torch.no_grad():
+        for name in edge.ranks:
+            factors = trained.factors[name]
+            _fill(edge.model, name, TRAINED, LowRank(factors.B / edge.scaling, factors.A))
+        for name, rank in edge.tail_ranks.items():
+            _fill(edge.model, name, TAIL, tail.get(name), rank)
+        for name, parameter in head_parameters(edge.model).items():
+            parameter.copy_(trained.head[name])
+    _activate(edge, tail=bool(tail))
+
+
+def read_adapter(edge: EdgeModel) -> Adapter:
+    """What was trained, with the scaling folded into B, as float32 on the CPU."""
+    factors = {}
+    for name in edge.ranks:
+        B, A = _factors(edge.model, name, TRAINED)
+        factors[name] = LowRank(_to_cpu(B) * edge.scaling, _to_cpu(A))
+    return Adapter(factors, {name: _to_cpu(value) for name, value in head_parameters(edge.model).items()})
+
+
+def build_global_model(base: nn.Module, rank_cap: int) -> EdgeModel:
+    """An instance that only evaluates: every module carries the whole global adapter, the tail stays empty."""
+    ranks = dict.fromkeys(adaptable_modules(base), rank_cap)
+    return build_edge_model(base, ranks, rank_cap, scaling=1.0)
+
+
+def load_global_adapter(edge: EdgeModel, adapter: Adapter) -> None:
+    """Load a whole adapter, of any ranks up to those of the instance, into one made by `build_global_model`."""
+    with torch.no_grad():
+        for name, rank in edge.ranks.items():
+            _fill(edge.model, name, TRAINED, adapter.factors.get(name), rank)
+        for name, parameter in head_parameters(edge.model).items():
+            parameter.copy_(adapter.head[name])
+
+
+def _lora_config(ranks: Mapping[str, int], scaling: float) -> Any:
+    from peft import LoraConfig
+
+    largest = max(ranks.values())
+    return LoraConfig(
+        r=largest,
+        lora_alpha=scaling * largest,
+        lora_dropout=0.0,
+        target_modules=list(ranks),
+        # PEFT reads the keys as regular expressions, so names are escaped.
+        rank_pattern={re.escape(name): rank for name, rank in ranks.items()},
+        alpha_pattern={re.escape(name): scaling * rank for name, rank in ranks.items()},
+    )
+
+
+def own_head(model: nn.Module) -> None:
+    """Give the instance float32 head parameters of its own, and let the head take inputs of any dtype."""
+    for name in head_modules(model):
+        module = model.get_submodule(name)
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, key, nn.Parameter(parameter.detach().to(torch.float32, copy=True)))
+        module.register_forward_pre_hook(_cast_to_weight)
+
+
+def _cast_to_weight(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(value.to(module.get_parameter("weight").dtype) for value in inputs)
+
+
+def _activate(edge: EdgeModel, tail: bool) -> None:
+    """Choose the adapters that take part in the forward pass, and what is trained."""
+    edge.tuner.set_adapter([TRAINED, TAIL] if tail and edge.tail_ranks else TRAINED)
+    edge.model.requires_grad_(False)
+    for parameter in (*edge.adapter_parameters(), *edge.head_parameters()):
+        parameter.requires_grad_(True)
+
+
+def _factors(model: nn.Module, name: str, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    layer = model.get_submodule(name)
+    return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight  # type: ignore[index, union-attr]
+
+
+def _fill(model: nn.Module, name: str, adapter: str, factors: LowRank | None, rank: int | None = None) -> None:
+    """Copy factors into a layer; components beyond theirs are zero."""
+    B, A = _factors(model, name, adapter)
+    B.zero_()
+    A.zero_()
+    if factors is not None:
+        B[:, : factors.rank] = factors.B.to(B)
+        A[: factors.rank] = factors.A.to(A)
+
+
+def _to_cpu(parameter: Tensor) -> Tensor:
+    return parameter.detach().to("cpu", torch.float32, copy=True)
+
+
+def move_batch(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The batch on the model's device."""
+    device = device_of(model)
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def count_parameters(parameters: Iterable[Tensor]) -> int:
+    """Number of scalars."""
+    return sum(parameter.numel() for parameter in parameters)

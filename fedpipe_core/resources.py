@@ -1,0 +1,158 @@
+"""What an edge has, measured: free memory, step time, and the bytes autograd keeps.
+
+Declared resources stand in for the measured ones (`declared_step_cost`); what a link to the store carries is measured
+where the store is known, in `tasks`.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from scipy.optimize import nnls
+from torch import Tensor, nn
+
+from fedpipe_core.adapters import initial_adapter, split_for_edge
+from fedpipe_core.batches import Batch
+from fedpipe_core.edge_model import build_edge_model, load_adapter, move_batch, own_head
+from fedpipe_core.model import adaptable_modules, device_of, head_parameters, share
+from fedpipe_core.schemas import ActivationCost, ModelShape, StepCost
+from fedpipe_core.training import classification_loss
+
+TIMED_RANKS = (2, 16)
+TIMED_STEPS = 3
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory a training process may still take: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def declared_step_cost(tokens_per_second: float, shape: ModelShape) -> StepCost:
+    """Step cost of an edge that is declared to train `tokens_per_second` on the dense base without adapters.
+
+    A frozen matrix costs 4 FLOPs per parameter and token (forward, and gradient of the input), an adapter 6 per rank
+    and feature (its weight gradients too); their ratio prices a rank.
+    """
+    per_token = 1.0 / tokens_per_second
+    return StepCost(
+        fixed_seconds=0.0,
+        per_token_seconds=per_token,
+        per_token_rank_seconds=per_token * 6.0 / (4.0 * shape.linear_parameters),
+    )
+
+
+def measured_step_cost(base: nn.Module, small: Batch, large: Batch) -> StepCost:
+    """Time a few steps at two batch sizes and two ranks, and fit seconds = c0 + c1·tokens + c2·tokens·Σ rank·(out+in).
+
+    `small` and `large` are batches of the edge's own data. The fit is least squares with coefficients ≥ 0; each
+    configuration counts with the fastest of its steps, since other work can only slow one down.
+    """
+    rows, seconds = [], []
+    for rank in TIMED_RANKS:
+        step = _trainable_step(base, rank)
+        size = rank * sum(shape.out_features + shape.in_features for shape in adaptable_modules(base).values())
+        for batch in (small, large):
+            tokens = batch["input_ids"].numel()
+            rows.append([1.0, float(tokens), float(tokens * size)])
+            seconds.append(_fastest_seconds(step, batch, device_of(base)))
+    matrix = torch.tensor(rows, dtype=torch.float64)
+    scale = matrix.amax(dim=0)
+    fitted = nnls((matrix / scale).numpy(), seconds)[0] / scale.numpy()
+    fallback = min(second / row[1] for second, row in zip(seconds, rows, strict=True))
+    return StepCost(
+        fixed_seconds=float(fitted[0]),
+        per_token_seconds=float(fitted[1]) or fallback,
+        per_token_rank_seconds=float(fitted[2]),
+    )
+
+
+def measured_activation_cost(base: nn.Module, small: Batch, large: Batch) -> ActivationCost:
+    """Count the bytes kept for the backward pass at two batch sizes, and what an adapter on each module adds.
+
+    Exact, and costs two forward passes: tensors are counted as autograd saves them, each storage once.
+    """
+    model = share(base)
+    own_head(model)
+    model.get_input_embeddings().register_forward_hook(lambda *call: call[2].requires_grad_(True))  # type: ignore[operator]
+    inputs: dict[str, Tensor] = {}
+    for name in adaptable_modules(model):
+        model.get_submodule(name).register_forward_pre_hook(_remember_input(inputs, name))
+    (few, few_bytes, _), (many, many_bytes, kept) = (_saved_bytes(model, batch) for batch in (small, large))
+    per_token = max(0.0, (many_bytes - few_bytes) / max(1, many - few))
+    return ActivationCost(
+        fixed_bytes=max(0, round(few_bytes - per_token * few)),
+        per_token_bytes=per_token,
+        per_token_module_bytes={name: _unkept_bytes(value, kept) / many for name, value in inputs.items()},
+    )
+
+
+def saved_tensor_bytes(forward: Callable[[], Any], ignored: Iterable[Tensor] = ()) -> tuple[int, set[int]]:
+    """Bytes that autograd keeps while `forward` runs, each storage once, and the storages themselves by address."""
+    skipped = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in skipped:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()  # kept alive until counted, so that no address is used twice
+    del result
+    return sum(kept.values()), set(kept)
+
+
+def _saved_bytes(model: nn.Module, batch: Batch) -> tuple[int, int, set[int]]:
+    moved = move_batch(batch, model)
+    size, kept = saved_tensor_bytes(lambda: classification_loss(model, moved), model.parameters())
+    return batch["input_ids"].numel(), size, kept
+
+
+def _remember_input(inputs: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def remember(module: nn.Module, values: tuple[Tensor, ...]) -> None:
+        inputs[name] = values[0]
+
+    return remember
+
+
+def _unkept_bytes(value: Tensor, kept: set[int]) -> int:
+    """An adapter needs its module's input in the backward pass; it costs nothing where the base keeps it anyway."""
+    storage = value.untyped_storage()
+    return 0 if storage.data_ptr() in kept else storage.nbytes()
+
+
+def _trainable_step(base: nn.Module, rank: int) -> Callable[[Mapping[str, Tensor]], None]:
+    """One optimizer step of a throw-away instance with every module adapted at `rank`."""
+    shapes = adaptable_modules(base)
+    ranks = dict.fromkeys(shapes, rank)
+    edge = build_edge_model(base, ranks, rank, scaling=1.0)
+    head = {name: value.detach().clone() for name, value in head_parameters(edge.model).items()}
+    load_adapter(edge, *split_for_edge(initial_adapter(shapes, rank, head, seed=0), ranks, seed=0))
+    optimizer = torch.optim.AdamW([*edge.adapter_parameters(), *edge.head_parameters()], lr=1e-5)
+
+    def step(batch: Mapping[str, Tensor]) -> None:
+        classification_loss(edge.model, batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _fastest_seconds(step: Callable[[Mapping[str, Tensor]], None], batch: Batch, device: torch.device) -> float:
+    moved = {key: value.to(device) for key, value in batch.items()}
+    step(moved)  # the first one also pays for allocations
+    return min(_timed(lambda: step(moved), device) for _ in range(TIMED_STEPS))
+
+
+def _timed(action: Callable[[], None], device: torch.device) -> float:
+    started = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

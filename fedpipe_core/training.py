@@ -1,0 +1,79 @@
+"""One edge's share of one round: some optimizer steps on its own batches.
+
+The optimizer starts fresh in every round, since the factors it knew were replaced by the global ones.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedpipe_core.config import TrainingSpec
+from fedpipe_core.edge_model import EdgeModel, move_batch
+from fedpipe_core.errors import UpdateRefusedError
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a round cost an edge. `loss` is the mean over the round's steps."""
+
+    steps: int
+    examples_processed: int
+    loss: float
+    seconds: float
+
+
+def rate_factor(spec: TrainingSpec, round_index: int, rounds: int) -> float:
+    """Share of the peak learning rate in a round: linear from 1 in the first to `final_rate_fraction` in the last."""
+    progress = (round_index - 1) / max(1, rounds - 1)
+    return 1.0 - progress * (1.0 - spec.final_rate_fraction)
+
+
+def train(edge: EdgeModel, batches: Iterator[Mapping[str, Tensor]], spec: TrainingSpec, rate: float) -> TrainingReport:
+    """Train adapters and head with AdamW at `rate` times the configured rates, with linear warm-up and clipping.
+
+    Raises UpdateRefusedError when the loss is no longer a finite number; the update of that edge must not count.
+    """
+    optimizer = _optimizer(edge, spec, rate)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (spec.warmup_steps + 1)))
+    parameters = [*edge.adapter_parameters(), *edge.head_parameters()]
+    losses: list[float] = []
+    started, examples = time.perf_counter(), 0
+    for batch in batches:
+        loss = classification_loss(edge.model, move_batch(batch, edge.model))
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, spec.max_gradient_norm)
+        optimizer.step()
+        warmup.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(_finite(loss.item(), step=len(losses) + 1))
+        examples += len(batch["labels"])
+    return TrainingReport(len(losses), examples, sum(losses) / len(losses), time.perf_counter() - started)
+
+
+def classification_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean cross-entropy in nats, computed in float32 whatever the base's dtype."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs).logits
+    return functional.cross_entropy(logits.float(), batch["labels"])
+
+
+def _optimizer(edge: EdgeModel, spec: TrainingSpec, rate: float) -> torch.optim.AdamW:
+    peak = spec.learning_rate * rate
+    groups = [
+        {"params": edge.adapter_parameters(), "lr": peak},
+        {"params": edge.head_parameters(), "lr": peak * spec.head_rate_factor},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=spec.weight_decay)
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise UpdateRefusedError(
+            f"loss became {loss} at step {step}; check this edge's data, or lower training.learning_rate"
+        )
+    return loss
