@@ -72,7 +72,7 @@ class CostModel:
         adapters = sum(self.adapter_bytes(name, ranks.get(name, 0)) for name in self.shape.modules)
         tokens = self.longest_tokens(work.batch_size)
         activations = self.backbone_activation_bytes(tokens, lowest_block, work.checkpointing)
-        return self.resident_bytes(work.base_bits) + adapters + activations + tokens * self._adapter_activations(work)
+        return self.resident_bytes(work.base_bits) + adapters + activations + tokens * self.adapter_activations(work)
 
     def step_seconds(self, work: Work, lowest_block: int) -> float:
         """fixed + tokens·(per_token·bits_factor·products/2 + per_token_rank·Σ rank·(out+in)·products/3)."""
@@ -114,6 +114,13 @@ class CostModel:
         value = self.profile.value_bytes
         kept = self.profile.activation_cost.per_token_module_bytes.get(module)
         return value * rank + (value * self.shape.modules[module].in_features if kept is None else kept)
+
+    def adapter_activations(self, work: Work) -> float:
+        """Per token what all adapters keep; with checkpointing only the widest block's at a time."""
+        blocks = [0.0] * self.shape.num_blocks
+        for name, rank in work.ranks.items():
+            blocks[self.shape.modules[name].layer] += self.adapter_activation_bytes(name, rank)
+        return max(blocks) if work.checkpointing else sum(blocks)
 
     def backbone_activation_bytes(self, tokens: float, lowest_block: int, checkpointing: bool) -> float:
         """What the frozen network keeps, with the logits and the widest gradient in flight.
@@ -181,12 +188,6 @@ class CostModel:
         longest = self.profile.longest_example_tokens or self.profile.tokens_per_example
         positions = tokens if self.shape.scored_positions == "token" else tokens / longest
         return 2 * self.profile.value_bytes * self.shape.output_features * positions
-
-    def _adapter_activations(self, work: Work) -> float:
-        blocks = [0.0] * self.shape.num_blocks
-        for name, rank in work.ranks.items():
-            blocks[self.shape.modules[name].layer] += self.adapter_activation_bytes(name, rank)
-        return max(blocks) if work.checkpointing else sum(blocks)
 
 
 def predict(  # noqa: PLR0913  the six that make up a plan, and the setting

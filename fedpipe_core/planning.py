@@ -1,0 +1,157 @@
+"""The planner: which weights each edge adapts, at what rank, with what batch, steps, bits and checkpointing.
+
+Given every edge's profile it maximises, per edge, Σ utility(module, rank) − loss of the base's bits − penalty·u, where
+u = max(0, 1 − processed/planned) is the under-training rate, subject to the edge's memory and to one round deadline
+shared by all edges. The parts: `planning_utility` says what a rank is worth, `costs` what it costs, `planning_deadline`
+how long a round lasts, `planning_greedy` and `planning_solver` find the selection, `planning_checks` what is refused.
+The same profiles and config give the same plan, byte for byte.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from fedpipe_core.config import FederationConfig, PlanPin
+from fedpipe_core.costs import CostModel, Work
+from fedpipe_core.errors import PlanError
+from fedpipe_core.planning_binding import binding_limit
+from fedpipe_core.planning_checks import check_menu, check_pin, check_profile
+from fedpipe_core.planning_deadline import choose_deadline, shortest_round
+from fedpipe_core.planning_greedy import Frontier, Selection, Sweep, frontier, solve_greedily, sweep_cells
+from fedpipe_core.planning_infeasible import explain_memory, explain_seconds
+from fedpipe_core.planning_problem import EdgeProblem, build_problem
+from fedpipe_core.planning_utility import edge_utilities
+from fedpipe_core.schemas import EdgePlan, EdgeProfile, FederationPlan, ModelShape
+
+__all__ = ["check_profile", "infeasible_edges", "plan_federation"]
+
+
+@dataclass(frozen=True)
+class PreparedEdge:
+    """An edge's problem with what does not depend on the deadline."""
+
+    problem: EdgeProblem
+    sweeps: list[Sweep]
+    front: Frontier
+
+
+def plan_federation(shape: ModelShape, profiles: Mapping[str, EdgeProfile], config: FederationConfig) -> FederationPlan:
+    """Plan every edge.
+
+    Raises PlanError for a profile or pin that cannot be, and for edges without any plan: it names each of them, the
+    limit that binds, and the cheapest change that would make it feasible.
+    """
+    prepared = _prepare(shape, profiles, config)
+    infeasible = _infeasible(prepared, config)
+    if infeasible:
+        raise PlanError("\n".join(infeasible.values()))
+    seconds = config.planning.round_seconds or _chosen_deadline(prepared, config)
+    selections = {edge_id: _greedy(edge, seconds, config) for edge_id, edge in prepared.items()}
+    return _federation_plan(prepared, selections, seconds, "greedy", config)
+
+
+def infeasible_edges(
+    shape: ModelShape, profiles: Mapping[str, EdgeProfile], config: FederationConfig
+) -> dict[str, str]:
+    """Edges without any plan, each with the limit that binds and the cheapest change that would make it feasible.
+
+    Raises PlanError for a profile or pin that cannot be.
+    """
+    return _infeasible(_prepare(shape, profiles, config), config)
+
+
+def _prepare(
+    shape: ModelShape, profiles: Mapping[str, EdgeProfile], config: FederationConfig
+) -> dict[str, PreparedEdge]:
+    pins = {edge.edge_id: edge.pin for edge in config.edges}
+    ranks = check_menu(shape, config)
+    for edge_id, profile in profiles.items():
+        check_profile(profile, shape)
+        check_pin(edge_id, pins.get(edge_id, PlanPin()), shape, config)
+    utilities = edge_utilities(profiles, list(shape.modules), ranks)
+    global_ranks = _largest_global_ranks(shape, profiles, pins, config)
+    prepared = {}
+    for edge_id in sorted(profiles):
+        costs = CostModel(shape, profiles[edge_id], global_ranks, config.exchange.dtype)
+        utility = dict(zip(shape.modules, utilities[edge_id], strict=True))
+        problem = build_problem(costs, config, pins.get(edge_id, PlanPin()), utility, ranks)
+        sweeps = sweep_cells(problem)
+        prepared[edge_id] = PreparedEdge(problem, sweeps, frontier(problem, sweeps))
+    return prepared
+
+
+def _largest_global_ranks(
+    shape: ModelShape, profiles: Mapping[str, EdgeProfile], pins: Mapping[str, PlanPin], config: FederationConfig
+) -> dict[str, int]:
+    """The largest rank each module can have at the end, whatever is planned: every edge's largest rank, every round."""
+    pinned = [rank for pin in pins.values() for rank in (pin.ranks or {}).values()]
+    largest = max([*config.planning.ranks, *pinned]) * len(profiles) * config.rounds
+    return {name: _capped(shape, name, largest, config) for name in shape.modules}
+
+
+def _capped(shape: ModelShape, module: str, rank: int, config: FederationConfig) -> int:
+    return min(rank, config.aggregation.rank_cap, shape.modules[module].out_features, shape.modules[module].in_features)
+
+
+def _infeasible(prepared: Mapping[str, PreparedEdge], config: FederationConfig) -> dict[str, str]:
+    reasons = {}
+    limit = config.planning.round_seconds
+    pins = {edge.edge_id: edge.pin for edge in config.edges}
+    for edge_id, edge in prepared.items():
+        if not len(edge.front.value):
+            reasons[edge_id] = explain_memory(edge.problem, config, pins.get(edge_id, PlanPin()))
+        elif limit is not None and shortest_round(edge.front) > limit:
+            reasons[edge_id] = explain_seconds(edge_id, shortest_round(edge.front), limit)
+    return reasons
+
+
+def _chosen_deadline(prepared: Mapping[str, PreparedEdge], config: FederationConfig) -> float:
+    fronts = {edge_id: edge.front for edge_id, edge in prepared.items()}
+    examples = {edge_id: edge.problem.costs.profile.num_examples for edge_id, edge in prepared.items()}
+    return choose_deadline(fronts, examples, config.planning.under_training_penalty)
+
+
+def _greedy(edge: PreparedEdge, seconds: float, config: FederationConfig) -> Selection:
+    return solve_greedily(edge.problem, edge.sweeps, edge.front, seconds, config.planning.under_training_penalty)
+
+
+def _federation_plan(
+    prepared: Mapping[str, PreparedEdge],
+    selections: Mapping[str, Selection],
+    seconds: float,
+    solver: str,
+    config: FederationConfig,
+) -> FederationPlan:
+    """Price the selections with the global adapter they lead to; a chosen deadline ends with the slowest edge."""
+    ranks = {e: edge.problem.ranks_of(selections[e].choice.tolist()) for e, edge in prepared.items()}
+    global_ranks = _reached_global_ranks(next(iter(prepared.values())).problem.costs.shape, ranks, config)
+    edges = {
+        e: _edge_plan(edge.problem, selections[e], ranks[e], global_ranks, seconds) for e, edge in prepared.items()
+    }
+    slowest = max(plan.predicted.round_seconds for plan in edges.values())
+    return FederationPlan(round_seconds=config.planning.round_seconds or slowest, solver=solver, edges=edges)
+
+
+def _reached_global_ranks(
+    shape: ModelShape, ranks: Mapping[str, Mapping[str, int]], config: FederationConfig
+) -> dict[str, int]:
+    summed = {name: sum(edge.get(name, 0) for edge in ranks.values()) for name in shape.modules}
+    return {name: _capped(shape, name, rank * config.rounds, config) for name, rank in summed.items() if rank}
+
+
+def _edge_plan(
+    problem: EdgeProblem, selection: Selection, ranks: dict[str, int], global_ranks: dict[str, int], seconds: float
+) -> EdgePlan:
+    cell = selection.cell
+    work = Work(ranks, cell.batch_size, selection.steps, cell.base_bits, cell.checkpointing)
+    under_training = max(0.0, 1.0 - selection.steps * cell.batch_size / problem.planned_examples)
+    return EdgePlan(
+        edge_id=problem.costs.profile.edge_id,
+        ranks=ranks,
+        batch_size=cell.batch_size,
+        local_steps=selection.steps,
+        base_bits=cell.base_bits,
+        checkpointing=cell.checkpointing,
+        predicted=replace(problem.costs, global_ranks=global_ranks).predict(work),
+        binding=binding_limit(problem, selection, seconds),
+        under_training=under_training,
+    )
