@@ -27,9 +27,7 @@ class TextClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlflow
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Classify a column of texts, one row per text, in order; the signature makes a list of texts such a column."""
-        texts = [
-            str(text) for text in model_input[TEXT_COLUMN if TEXT_COLUMN in model_input else model_input.columns[0]]
-        ]
+        texts = [str(text) for text in model_input.iloc[:, 0]]
         rows = [row for start in range(0, len(texts), BATCH_SIZE) for row in self._rows(texts[start:][:BATCH_SIZE])]
         return pd.DataFrame(rows, columns=["label", "label_name", "score"])
 
