@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 from uuid import uuid4
@@ -40,7 +41,7 @@ class ObjectStore(Protocol):
         """Address of the store, as given to `open_store`."""
 
     def put(self, key: str, data: bytes) -> None:
-        """Write an object, over an older one if there is one; readers see the old or the new one, whole."""
+        """Write a small object, over an older one if there is one; readers see the old or the new one, whole."""
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Create an object: True when this call wrote it, False when it existed. Of many callers exactly one wins."""
@@ -86,7 +87,8 @@ def open_store(root: str, *, write: bool = True) -> ObjectStore:
 class S3Store:
     """A bucket of S3 or of a server that speaks it, `If-None-Match` included (Minio, Ceph, moto, ...).
 
-    Every request is repeated after transient faults, with growing, jittered pauses, for `patience_seconds`.
+    A request that meets a transient fault is repeated, after growing, jittered pauses, until `patience_seconds` have
+    passed since the first fault.
     """
 
     root: str
@@ -139,6 +141,7 @@ class S3Store:
     def get_file(self, key: str, path: Path) -> None:
         where = self._where(key)
         temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+        path.parent.mkdir(parents=True, exist_ok=True)
 
         def download() -> None:
             with temporary.open("wb") as target:
@@ -157,7 +160,7 @@ class S3Store:
     def list(self, folder: str = "") -> list[str]:
         prefix = self.prefix + (f"{folder}/" if (folder := check_folder(folder)) else "")
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
-        found = self._call(folder, lambda: [entry["Key"] for page in pages for entry in page.get("Contents", [])])
+        found = self._call("", lambda: [entry["Key"] for page in pages for entry in page.get("Contents", [])])
         return sorted(key for name in found if is_key(key := name.removeprefix(self.prefix)))
 
     def delete(self, key: str) -> None:
@@ -235,9 +238,23 @@ class S3Store:
 
 def _connect_s3(root: str) -> S3Store:
     """Set up a client; nothing is sent yet."""
+    from botocore.exceptions import BotoCoreError
+
+    settings = frozenset((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
+    try:
+        store = S3Store(root, _s3_client(settings))
+    except (BotoCoreError, ValueError) as error:
+        raise StoreError(f"store {root}: the AWS settings cannot be used ({error}); correct them") from error
+    if not _BUCKET.fullmatch(store.bucket) or (store.prefix and not is_key(store.prefix[:-1])):
+        raise StoreError(f"store {root}: needs the form s3://bucket or s3://bucket/prefix; correct it")
+    return store
+
+
+@lru_cache(maxsize=8)
+def _s3_client(settings: frozenset[tuple[str, str]]) -> Any:
+    """A client for these settings, which the SDK reads itself; kept, as every task opens its store and one takes 0.25 s."""
     from boto3.session import Session
     from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
 
     def client(addressing_style: Literal["auto", "path"]) -> Any:
         config = Config(
@@ -252,17 +269,11 @@ def _connect_s3(root: str) -> S3Store:
         )
         return session.client("s3", region_name=region, config=config)
 
-    try:
-        session = Session()
-        region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
-        aws = client("auto")
-        # Only Amazon resolves bucket names as host names.
-        store = S3Store(root, aws if "amazonaws.com" in aws.meta.endpoint_url else client("path"))
-    except (BotoCoreError, ValueError) as error:
-        raise StoreError(f"store {root}: the AWS settings cannot be used ({error}); correct them") from error
-    if not _BUCKET.fullmatch(store.bucket) or (store.prefix and not is_key(store.prefix[:-1])):
-        raise StoreError(f"store {root}: needs the form s3://bucket or s3://bucket/prefix; correct it")
-    return store
+    session = Session()
+    region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
+    aws = client("auto")
+    # Only Amazon resolves bucket names as host names.
+    return aws if "amazonaws.com" in aws.meta.endpoint_url else client("path")
 
 
 def _transfer_config() -> Any:
@@ -272,8 +283,8 @@ def _transfer_config() -> Any:
 
 
 def _pauses(patience_seconds: float) -> Iterator[float]:
-    """Pauses drawn from [0, longest], longest doubling (full jitter), while they end before patience does."""
-    deadline, longest = time.monotonic() + patience_seconds, 0.2
+    """Pauses drawn from [0, longest], longest doubling (full jitter), that end before patience does."""
+    deadline, longest = time.monotonic() + patience_seconds, 0.2  # a generator's clock starts with the first pause
     while (pause_seconds := random.uniform(0, longest)) < deadline - time.monotonic():
         yield pause_seconds
         longest = min(2 * longest, LONGEST_PAUSE_SECONDS)

@@ -10,7 +10,7 @@ from threading import Lock, Thread
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["cut request", "lose answer", "truncate answer", "slow down", "deny"]
+Fault = Literal["cut request", "lose answer", "truncate answer", "slow down", "deny", "ignore condition"]
 
 # Ends with its standard input, so that a killed test run leaves no server behind.
 _MOTO = """
@@ -90,7 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
         upstream = self.server.upstream
         kind = HTTPSConnection if upstream.scheme == "https" else HTTPConnection
         connection = kind(upstream.netloc, timeout=30)
-        headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+        left_out = {"expect", "if-none-match" if fault == "ignore condition" else ""}
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in left_out}
         connection.request(self.command, self.path, body, headers)
         response = connection.getresponse()
         answer = response.read()
