@@ -252,7 +252,7 @@ def _connect_s3(root: str) -> S3Store:
 
 @lru_cache(maxsize=8)
 def _s3_client(settings: frozenset[tuple[str, str]]) -> Any:
-    """A client for these settings, which the SDK reads itself; kept, as tasks open their store anew and one takes 0.25 s."""
+    """A client for these settings, which the SDK reads itself; kept, as it takes 0.25 s and tasks open stores anew."""
     from boto3.session import Session
     from botocore.config import Config
 
