@@ -17,8 +17,10 @@ from fedpipe_core.errors import UpdateRefusedError
 from fedpipe_core.low_rank import LowRank, inner, stacked
 from fedpipe_core.update_geometry import Update, change_norms, cosines_with_the_rest
 
-# An update is reversed when it opposes the others more than they agree with each other, and they agree at all.
-AGREEMENT = 0.05
+# An update is reversed when the others agree at all, and it opposes them nearly as much as they agree.
+LEAST_AGREEMENT = 0.05
+OPPOSITION_SHARE = 0.75
+LEAST_OPPOSITION = 0.15
 FEWEST_FOR_DIRECTION = 4
 FEWEST_FOR_MAJORITY = 3
 
@@ -82,9 +84,9 @@ def screen_updates(updates: Sequence[Update], spec: AggregationSpec) -> tuple[li
     majority) the policy decides: `reject` refuses, `clip` scales the change down to the limit, `accept` takes it.
 
     Direction, unless the policy is `accept` and with four edges or more: refused is an edge whose change has a cosine
-    with the sum of the others' below minus the median of what the others have, if that median exceeds 0.05. Edges
-    that merely differ, or that all oppose each other because their labels do, keep it low and stay. The head is left
-    out: with labels of their own, honest edges push its rows apart.
+    with the sum of the others' below −0.15 and below −3/4 of the median of what the others have, if that median
+    exceeds 0.05. Edges that merely differ, or that all oppose each other because their labels do, keep it low and
+    stay. The head is left out: with labels of their own, honest edges push its rows apart.
     """
     ordered = sorted(updates, key=lambda update: update.edge_id)
     if spec.outliers == "accept":
@@ -180,7 +182,8 @@ def _most_reversed(updates: Sequence[Update]) -> tuple[str, str] | None:
     cosines = cosines_with_the_rest(updates)
     edge = min(cosines, key=lambda edge: (cosines[edge], edge))
     agreement = median(cosine for other, cosine in cosines.items() if other != edge)
-    if agreement <= AGREEMENT or cosines[edge] >= -agreement:
+    limit = -max(OPPOSITION_SHARE * agreement, LEAST_OPPOSITION)
+    if agreement <= LEAST_AGREEMENT or cosines[edge] >= limit:
         return None
     return edge, (
         f"{edge}: its change opposes the other edges' with cosine {cosines[edge]:.2f} while theirs agree with "

@@ -6,12 +6,14 @@ From these follow the edges' weights under a robust center. Which update is refu
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from fedpipe_core.adapters import Adapter
 from fedpipe_core.config import AggregationSpec
 from fedpipe_core.low_rank import LowRank, RunningSum, change
 
 WEISZFELD_STEPS = 8
+SMOOTHING = 0.1  # share of the median distance below which nearness to the center adds no more weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,8 @@ def center_weights(updates: Sequence[Update], spec: AggregationSpec) -> dict[str
     """Weight of each edge under `spec.center`: its examples, or these lowered by the distance from the median.
 
     `geometric_median` is the smoothed Weiszfeld iteration of RFA (1912.13445) on the products' changes:
-    w_k ← n_k / max(ν, d_k) with d_k the root mean square over the edge's modules of ‖D_k − M‖, M = Σ w_l·D_l / Σ w_l.
+    w_k ← n_k / max(ν, d_k) with d_k the root mean square over the edge's modules of ‖D_k − M‖, M = Σ w_l·D_l / Σ w_l,
+    and ν a tenth of the median distance, so that one edge of many examples does not become the median alone.
     `trimmed_mean` then leaves out the `trim_share` of edges with the largest d_k and weighs the others by examples.
     """
     examples = {update.edge_id: float(update.num_examples) for update in updates}
@@ -96,7 +99,7 @@ def center_weights(updates: Sequence[Update], spec: AggregationSpec) -> dict[str
     weights, distances = dict(examples), {}
     for _ in range(WEISZFELD_STEPS):
         distances = _distances(updates, weights)
-        floor = 1e-6 * max(distances.values()) or 1.0
+        floor = SMOOTHING * median(distances.values()) or 1.0
         weights = {edge: examples[edge] / max(distance, floor) for edge, distance in distances.items()}
     if spec.center == "geometric_median":
         return weights
@@ -106,20 +109,23 @@ def center_weights(updates: Sequence[Update], spec: AggregationSpec) -> dict[str
 
 
 def _distances(updates: Sequence[Update], weights: Mapping[str, float]) -> dict[str, float]:
-    """Root mean square over an edge's modules of its distance ‖D_k − M‖ from the weighted mean of the holders."""
+    """Root mean square, over the modules it shares, of an edge's distance ‖D_k − M‖ from the holders' weighted mean.
+
+    An edge that shares no module is given the median distance of the others.
+    """
     alignment = align(updates, weights)
-    held = {
-        module: sum(weights[edge] for edge, values in alignment.with_sum.items() if module in values)
-        for values in alignment.with_sum.values()
-        for module in values
-    }
-    distances = {}
+    holders: dict[str, list[str]] = {}
+    for edge, values in alignment.with_sum.items():
+        for module in values:
+            holders.setdefault(module, []).append(edge)
+    distances: dict[str, float] = {}
     for edge, with_sum in alignment.with_sum.items():
-        squares = [
-            alignment.with_itself[edge][module] / weights[edge] ** 2
-            - 2 * value / (weights[edge] * held[module])
-            + alignment.sum_squared(module) / held[module] ** 2
-            for module, value in with_sum.items()
-        ]
-        distances[edge] = math.sqrt(max(sum(squares), 0.0) / max(len(squares), 1))
-    return distances
+        squares = []
+        for module in (module for module in with_sum if len(holders[module]) > 1):
+            own, held = weights[edge], sum(weights[holder] for holder in holders[module])
+            itself, mean = alignment.with_itself[edge][module] / own**2, alignment.sum_squared(module) / held**2
+            squares.append(itself - 2 * with_sum[module] / (own * held) + mean)
+        if squares:
+            distances[edge] = math.sqrt(max(sum(squares), 0.0) / len(squares))
+    typical = median(distances.values()) if distances else 1.0
+    return {update.edge_id: distances.get(update.edge_id, typical) for update in updates}

@@ -111,7 +111,8 @@ class StoredFactors(Mapping[str, LowRank]):
         """The encoded adapter while its file is open."""
         with malformed_is_integrity_error(f"adapter file {self._path.name}"):
             with self._path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                length = min(int.from_bytes(file.read(8), "little"), self._path.stat().st_size)
+                header = json.loads(file.read(length))
             with safetensors.safe_open(self._path, framework="pt") as tensors:
                 yield Stored(header, tensors.get_tensor, lambda name, part: tensors.get_slice(name)[part])
 

@@ -63,6 +63,7 @@ def decode_update(data: bytes, start: Adapter) -> Adapter:
     """
     content, changes = decode_any(data)
     with malformed_is_integrity_error(f"update of {len(data)} bytes"):
+        _require_changes(content)
         factors = {m: _changed(start.factors[m], changes.factors[m], content) for m in changes.factors}
         return Adapter(factors, _changed_head(start.head, changes.head))
 
@@ -71,6 +72,7 @@ def open_update(path: Path, start: Adapter) -> Adapter:
     """`decode_update` of a file, read module by module at each use. Raises IntegrityError, now or at that use."""
     changes = StoredFactors(path)
     with malformed_is_integrity_error(f"update file {path.name}"), changes.opened() as stored:
+        _require_changes(stored.content)
         return Adapter(_ChangedFactors(start.factors, changes), _changed_head(start.head, stored.head()))
 
 
@@ -132,6 +134,11 @@ def _changed_head(start: Mapping[str, Tensor], changed: Mapping[str, Tensor]) ->
     for name, value in start.items():
         _same_shape(tuple(value.shape), tuple(changed[name].shape))
     return {name: value + changed[name] for name, value in start.items()}
+
+
+def _require_changes(content: Content) -> None:
+    if content == "adapter":
+        raise ValueError("it holds an adapter, not the changes of one")
 
 
 def _same_shape(needed: tuple[object, ...], found: tuple[object, ...]) -> None:
