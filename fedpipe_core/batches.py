@@ -1,10 +1,12 @@
 """Turns an edge's examples into batches of tensors.
 
-Decides the order of training rows, which follows from the seed, the round and the edge alone, and how rows are padded;
-leaves to `fedpipe_core.training` how many steps are made and to `fedpipe_core.evaluation` what is measured.
+Decides the order of training rows, which follows from the seed, the round and the edge alone, and how rows are padded:
+rows of like length share a batch, for padding is computed like any token. Leaves to `fedpipe_core.training` how many
+steps are made and to `fedpipe_core.evaluation` what is measured.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpipe_core.data import Examples
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Batch = dict[str, Tensor]
+
+WINDOW_BATCHES = 16  # rows are grouped by length among this many batches; more would pad less and shuffle less
+FORESEEN_BATCHES = 64  # fewest batches that `tokens_per_example` averages
 _tokenizing = Lock()
 
 
@@ -77,13 +83,14 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Yield `steps` batches of exactly `batch_size` rows, an epoch in a new order behind the other.
 
-    Within an epoch every row comes once; a batch may span two epochs. `seed_parts`, such as (seed, round, edge_id),
-    fixes the order. Tensors: input_ids and attention_mask (batch, tokens), labels (batch,), all int64.
+    An epoch is shuffled, then sorted by length within windows of 16 batches, whose order is shuffled again. Within an
+    epoch every row comes once; a batch may span two epochs. `seed_parts`, such as (seed, round, edge_id), fixes the
+    order. Tensors: input_ids and attention_mask (batch, tokens), labels (batch,), all int64.
     Raises DataError if there are no rows.
     """
     if not len(tokenized):
         raise DataError("there are 0 rows to train on, needed at least one; give the edge data or leave it out")
-    order = _epochs(len(tokenized), seed_parts)
+    order = _epochs(_lengths(tokenized), batch_size, random_generator("training_batches", *seed_parts))
     for _ in range(steps):
         yield pad_batch(tokenized, list(itertools.islice(order, batch_size)), pad_to_multiple_of)
 
@@ -102,13 +109,15 @@ def evaluation_batches(
 
 
 def tokens_per_example(tokenized: TokenizedExamples, batch_size: int, pad_to_multiple_of: int = 1) -> float:
-    """Mean padded length of an example: the expected longest of `batch_size` rows drawn at random, in tokens.
+    """Mean padded length of an example in `training_batches`, in tokens: the mean width of a batch.
 
-    With lengths sorted, l_1 ≤ … ≤ l_n, the longest of b rows is l_i with probability (i/n)^b − ((i−1)/n)^b.
+    It is read off one epoch (of 64 batches at least) in an order of its own; other orders differ by chance alone.
     """
-    lengths = np.sort([_padded_length(len(ids), pad_to_multiple_of) for ids in tokenized.token_ids])
-    below = (np.arange(len(lengths) + 1) / len(lengths)) ** batch_size
-    return float(lengths @ np.diff(below))
+    lengths = _lengths(tokenized)
+    order = _epochs(lengths, batch_size, random_generator("tokens_per_example"))
+    batches = max(FORESEEN_BATCHES, math.ceil(len(lengths) / batch_size))
+    longest = lengths[list(itertools.islice(order, batches * batch_size))].reshape(batches, batch_size).max(axis=1)
+    return float(np.mean([_padded_length(int(length), pad_to_multiple_of) for length in longest]))
 
 
 def longest_example_tokens(tokenized: TokenizedExamples, pad_to_multiple_of: int = 1) -> int:
@@ -132,7 +141,27 @@ def _padded_length(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _epochs(num_examples: int, seed_parts: Sequence[int | str]) -> Iterator[int]:
-    generator = random_generator("training_batches", *seed_parts)
+def _lengths(tokenized: TokenizedExamples) -> NDArray[np.int64]:
+    return np.array([len(ids) for ids in tokenized.token_ids], dtype=np.int64)
+
+
+def _epochs(lengths: NDArray[np.int64], batch_size: int, generator: np.random.Generator) -> Iterator[int]:
+    """Row indices without end; every `batch_size` of them are a batch."""
+    window, begun = WINDOW_BATCHES * batch_size, 0
     while True:
-        yield from generator.permutation(num_examples).tolist()
+        order = generator.permutation(len(lengths))
+        missing = min(len(order), -begun % batch_size)  # rows that complete the batch which the last epoch began
+        yield from order[:missing].tolist()
+        for start in range(missing, len(order), window):
+            yield from _grouped(order[start : start + window], lengths, batch_size, generator)
+        begun += len(order)
+
+
+def _grouped(
+    rows: NDArray[np.int64], lengths: NDArray[np.int64], batch_size: int, generator: np.random.Generator
+) -> list[int]:
+    """The rows with those of like length in one batch, whole batches in random order, an incomplete one last."""
+    ordered = rows[np.argsort(lengths[rows], kind="stable")]
+    whole = len(rows) // batch_size * batch_size
+    batches = generator.permutation(ordered[:whole].reshape(-1, batch_size))
+    return [*batches.ravel().tolist(), *ordered[whole:].tolist()]

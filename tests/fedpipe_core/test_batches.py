@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -124,6 +125,28 @@ def test_training_batches_reshuffle_every_epoch():
     assert first["labels"].tolist() != second["labels"].tolist()
 
 
+@settings(deadline=None, max_examples=50)
+@given(ROWS, st.integers(1, 12), st.integers())
+def test_training_batches_of_one_window_overlap_in_length_by_no_more_than_their_ends(rows, batch_size, seed):
+    batches = len(rows) // batch_size  # at most 30 rows, so the windows of batch size 1 are the only ones cut short
+    served = [batch["attention_mask"].sum(dim=1) for batch in training_batches(rows, batch_size, batches, [seed])][:16]
+    spans = sorted((int(lengths.min()), int(lengths.max())) for lengths in served)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+
+
+def test_training_batches_serve_long_and_short_rows_at_any_time():
+    rows = rows_of_lengths(*range(1, 161))
+    widths = [[batch["input_ids"].shape[1] for batch in training_batches(rows, 10, 16, [seed])] for seed in range(200)]
+    assert {max(order) for order in widths} == {160}
+    assert np.abs(np.mean(widths, axis=0) - 85).max() < 15
+
+
+def test_training_batches_mix_rows_of_equal_length_anew_in_every_epoch():
+    rows = rows_of_lengths(*[3] * 20, *[9] * 20)
+    batches = [frozenset(batch["labels"].tolist()) for batch in training_batches(rows, 10, 8, [0])]
+    assert len(set(batches)) == 8
+
+
 def test_training_batches_begin_alike_whatever_the_number_of_steps():
     rows = rows_of_lengths(*range(1, 8))
     short = [batch["labels"].tolist() for batch in training_batches(rows, 3, 2, [5])]
@@ -153,8 +176,13 @@ def test_evaluation_batches_come_longest_first_and_pad_rows_of_like_length_toget
 
 
 def test_tokens_per_example_is_the_mean_length_in_batches_of_one():
-    assert tokens_per_example(rows_of_lengths(1, 2, 6), batch_size=1) == pytest.approx(3.0)
-    assert tokens_per_example(rows_of_lengths(1, 2, 6), batch_size=1, pad_to_multiple_of=4) == pytest.approx(16 / 3)
+    rows = rows_of_lengths(*[1, 2, 6] * 30)
+    assert tokens_per_example(rows, batch_size=1) == pytest.approx(3.0)
+    assert tokens_per_example(rows, batch_size=1, pad_to_multiple_of=4) == pytest.approx(16 / 3)
+
+
+def test_tokens_per_example_is_the_longest_row_when_every_batch_holds_all_rows():
+    assert tokens_per_example(rows_of_lengths(1, 2, 6), batch_size=6) == 6
 
 
 def test_longest_example_tokens_is_the_width_of_the_widest_batch():
@@ -165,6 +193,6 @@ def test_longest_example_tokens_is_the_width_of_the_widest_batch():
 def test_tokens_per_example_foresees_the_width_of_training_batches():
     lengths = np.random.default_rng(0).geometric(0.1, size=500)
     rows = rows_of_lengths(*lengths.tolist())
-    for batch_size in (2, 8, 32):
+    for batch_size in (2, 8, 32, 600):
         widths = [batch["input_ids"].shape[1] for batch in training_batches(rows, batch_size, 400, [0])]
         assert tokens_per_example(rows, batch_size) == pytest.approx(np.mean(widths), rel=0.05)
