@@ -213,3 +213,16 @@ class RoundRecord(Record):
     edge_metrics: dict[str, dict[str, FiniteFloat]] = Field(default_factory=dict)
     metrics: dict[str, FiniteFloat]
     adapter_sha256: str
+
+
+class ExportRecord(Record):
+    """One written form of the tuned model."""
+
+    scheme: str
+    path: str
+    bytes: NonNegativeInt = Field(description="Size of all files together")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    metrics: dict[str, FiniteFloat] = Field(
+        default_factory=dict, description="On the held-out set, read back from disk"
+    )
+    seconds: FiniteFloat = Field(0.0, ge=0, description="Time to write it")
