@@ -192,8 +192,7 @@ def log_model(run: TrackedRun, name: str, model_folder: Path, card: str) -> Logg
         files = Path(folder) / "model"
         _write_model_files(files, model_folder, logged, run.run_id)
         (files / "README.md").write_text(card, encoding="utf-8")
-        client.log_model_artifacts(logged.model_id, str(files))
-        client.finalize_logged_model(logged.model_id, "READY")
+        _upload_model(client, logged.model_id, files)
         client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, step=0)])
     return LoggedModel(logged.model_id, logged.artifact_location)
 
@@ -330,6 +329,15 @@ def _write_model_files(files: Path, model_folder: Path, logged: Any, run_id: str
         input_example=["where is my parcel", "set a timer for ten minutes"],
         pip_requirements=serving_requirements(),
     )
+
+
+def _upload_model(client: Any, model_id: str, files: Path) -> None:
+    try:
+        client.log_model_artifacts(model_id, str(files))
+    except Exception:
+        client.finalize_logged_model(model_id, "FAILED")
+        raise
+    client.finalize_logged_model(model_id, "READY")
 
 
 def serving_requirements() -> list[str]:

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedpipe_core.errors import ReleaseError
+from fedpipe_core.errors import ReleaseError, TrackingError
 from fedpipe_core.gate import Check, Decision
 from tasks import registry
 from tasks.registry import ADAPTER_TAG, BASE_TAG, ModelVersion
@@ -309,7 +309,18 @@ def test_same_adapter_is_not_registered_twice(run: TrackedRun, model_folder: Pat
     assert other.version == 2
 
 
-def test_upload_that_fails_leaves_no_version(run: TrackedRun, tmp_path: Path) -> None:
+def test_upload_that_fails_leaves_no_version_and_a_failed_model(model_folder: Path, tmp_path: Path) -> None:
+    run = open_run(f"sqlite:///{tmp_path / 'mlflow.db'}", "disk", "run-1", {}, {})
+    (tmp_path / "mlartifacts").write_text("a file where the artifact folder should be")
+    with pytest.raises(TrackingError, match="did not answer or refused"):
+        registry.register_model(run, "unlucky", model_folder, {ADAPTER_TAG: "a", BASE_TAG: "b"}, "# Card")
+    assert registry.versions(run.uri, "unlucky") == []
+    client = connect(run.uri)
+    experiment_id = client.get_run(run.run_id).info.experiment_id
+    assert [str(model.status) for model in client.search_logged_models([experiment_id])] == ["FAILED"]
+
+
+def test_folder_without_a_model_is_refused(run: TrackedRun, tmp_path: Path) -> None:
     with pytest.raises(ReleaseError, match=r"missing holds no config\.json"):
         registry.register_model(run, "failed", tmp_path / "missing", {ADAPTER_TAG: "a", BASE_TAG: "b"}, "# Card")
     assert registry.versions(run.uri, "failed") == []
