@@ -81,7 +81,7 @@ def screen_updates(updates: Sequence[Update], spec: AggregationSpec) -> tuple[li
 
     Magnitude: over the modules an edge trained, ‖D_k‖ against the norms that are the median of the other edges' per
     module; the head likewise. Above `outlier_factor` times that (its square while fewer than three edges can form a
-    majority) the policy decides: `reject` refuses, `clip` scales the change down to the limit, `accept` takes it.
+    majority) the policy decides: `reject` refuses, `clip` scales the change down to the usual norm, `accept` takes it.
 
     Direction, unless the policy is `accept` and with four edges or more: refused is an edge whose change has a cosine
     with the sum of the others' below −0.15 and below −3/4 of the median of what the others have, if that median
@@ -105,16 +105,16 @@ def _screen_magnitude(ordered: Sequence[Update], spec: AggregationSpec) -> tuple
     factor = spec.outlier_factor if len(ordered) >= FEWEST_FOR_MAJORITY else spec.outlier_factor**2
     counted, refused = [], {}
     for update in ordered:
-        limits = factor * _usual_norm(update.edge_id, norms), factor * _usual_norm(update.edge_id, heads)
+        usual = _usual_norm(update.edge_id, norms), _usual_norm(update.edge_id, heads)
         found = math.hypot(*norms[update.edge_id].values()), heads[update.edge_id]["head"]
-        excess = [(f, limit) for f, limit in zip(found, limits, strict=True) if limit > 0 and not f <= limit]
+        excess = [(f, factor * u) for f, u in zip(found, usual, strict=True) if u > 0 and not f <= factor * u]
         if excess and spec.outliers == "reject":
             refused[update.edge_id] = (
                 f"{update.edge_id}: changed by a norm of {excess[0][0]:.3g}, needed at most {excess[0][1]:.3g}, "
                 f"{factor:g} times what is usual for the other edges; check its data, or set aggregation.outliers"
             )
         else:
-            counted.append(_clipped(update, limits) if excess else update)
+            counted.append(_clipped(update, usual) if excess else update)
     return counted, refused
 
 
@@ -133,7 +133,7 @@ def _usual_norm(edge: str, norms: Mapping[str, Mapping[str, float]]) -> float:
 
 
 def _clipped(update: Update, limits: tuple[float, float]) -> Update:
-    """The update with both parts of its change scaled down to their limits; ranks and shapes stay."""
+    """The update with each part of its change scaled down to its limit, if any; ranks and shapes stay."""
     adapters_limit, head_limit = limits
     share = _share_within(update, adapters_limit) if adapters_limit else 1.0
     factors = {
