@@ -137,6 +137,11 @@ class FederationPlan(Record):
     profiles: dict[str, str] = Field(default_factory=dict, description="sha256 of each profile the plan rests on")
 
     @property
+    def planned_modules(self) -> list[str]:
+        """Modules that any edge trains, sorted: those the global adapter has."""
+        return sorted({name for plan in self.edges.values() for name in plan.ranks})
+
+    @property
     def largest_rank(self) -> int:
         """Largest rank any edge trains."""
         return max(rank for plan in self.edges.values() for rank in plan.ranks.values())
@@ -180,7 +185,8 @@ class UpdateRecord(Record):
     steps: NonNegativeInt
     train_loss: FiniteFloat
     train_seconds: FiniteFloat = Field(ge=0)
-    peak_memory_bytes: NonNegativeInt = 0
+    round_seconds: FiniteFloat = Field(ge=0, description="From reading the global adapter to the update's upload")
+    peak_memory_bytes: NonNegativeInt = Field(0, description="Weights, optimizer state and kept activations, measured")
     download_bytes: NonNegativeInt
     metrics: dict[str, FiniteFloat] = Field(
         default_factory=dict, description="The global adapter the round started from, on this edge's validation rows"
@@ -194,6 +200,17 @@ class FailureRecord(Record):
     round: PositiveInt
     edge_id: str
     reason: str
+
+
+class ExportRecord(Record):
+    """One written form of the released model."""
+
+    scheme: str
+    path: str = Field(description="Folder in the store")
+    bytes: NonNegativeInt
+    sha256: str = Field(description="Hash over the names and hashes of the folder's files")
+    metrics: dict[str, FiniteFloat] = Field(description="On the held-out set, after reloading what was written")
+    seconds: FiniteFloat = Field(ge=0)
 
 
 class RoundRecord(Record):
@@ -215,14 +232,70 @@ class RoundRecord(Record):
     adapter_sha256: str
 
 
-class ExportRecord(Record):
-    """One written form of the tuned model."""
+class MeasuredCost(Record):
+    """What a plan really cost, in the worst of its rounds."""
 
-    scheme: str
-    path: str
-    bytes: NonNegativeInt = Field(description="Size of all files together")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    metrics: dict[str, FiniteFloat] = Field(
-        default_factory=dict, description="On the held-out set, read back from disk"
-    )
-    seconds: FiniteFloat = Field(0.0, ge=0, description="Time to write it")
+    peak_memory_bytes: NonNegativeInt
+    round_seconds: FiniteFloat = Field(ge=0)
+    upload_bytes: NonNegativeInt
+    download_bytes: NonNegativeInt
+
+
+class PlanReport(Record):
+    """An edge's plan beside what it cost; `measured` is None when no update of that edge came in."""
+
+    ranks: dict[str, PositiveInt]
+    batch_size: PositiveInt
+    local_steps: PositiveInt
+    base_bits: Bits
+    binding: str
+    predicted: PredictedCost
+    measured: MeasuredCost | None
+
+
+class DecisionReport(Record):
+    """Whether the gate promoted the version, and why."""
+
+    promoted: bool
+    reasons: list[str]
+
+
+class ModelReport(Record):
+    """The registered version; `alias` is the one it was given."""
+
+    name: str
+    version: PositiveInt
+    alias: str
+    decision: DecisionReport
+
+
+class TrackingReport(Record):
+    """Where MLflow keeps the run."""
+
+    uri: str
+    experiment: str
+    run_id: str
+
+
+class ReleaseReport(Record):
+    """What a release wrote and registered."""
+
+    exports: list[ExportRecord]
+    model: ModelReport
+
+
+class RunResult(Record):
+    """What `fedpipe run --json` prints and `result.json` holds."""
+
+    run: str
+    store: str
+    status: Literal["completed"]
+    seconds: FiniteFloat = Field(ge=0, description="Of the command that finished the run")
+    adapter_sha256: str
+    rounds: list[RoundRecord]
+    plan: dict[str, PlanReport]
+    metrics: dict[str, FiniteFloat]
+    baseline_metrics: dict[str, FiniteFloat]
+    exports: list[ExportRecord]
+    model: ModelReport
+    tracking: TrackingReport

@@ -165,6 +165,9 @@ def load_predictions(uri: str, run_id: str, evaluation_sha256: str) -> Predictio
     return predictions
 
 
+MODEL_FILES = "artifacts/model"  # where a logged version keeps the folder in Hugging Face format
+
+
 @dataclass(frozen=True)
 class LoggedModel:
     """Model files that MLflow holds, not yet registered."""
@@ -343,3 +346,11 @@ def _upload_model(client: Any, model_id: str, files: Path) -> None:
 def serving_requirements() -> list[str]:
     """Return what a server has to install, pinned to what is installed here without build suffixes like `+cpu`."""
     return [f"{name}=={installed_version(name).partition('+')[0]}" for name in _SERVING_PACKAGES]
+
+
+def fetch_files(uri: str, location: str, folder: Path) -> Path:
+    """Download the files at an artifact location. Raises TrackingError when MLflow cannot deliver them."""
+    import mlflow
+
+    with speaking_to(uri):
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=str(folder), tracking_uri=uri))

@@ -1,0 +1,229 @@
+"""The `fedpipe` command: results on stdout, progress on stderr; exit code 0 done, 1 the run failed, 2 the input is wrong.
+
+Everything heavy is imported inside the commands, so that help answers at once.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fedpipe_core.config import FederationConfig
+    from fedpipe_core.schemas import RunResult
+
+app = typer.Typer(
+    help="Automated federated fine-tuning of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="Federation config, a YAML file", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config; repeatable")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout")]
+StoreRoot = Annotated[str, typer.Option(help="Object store that holds the run", envvar="FEDPIPE_STORE")]
+DEFAULT_STORE = ".fedpipe/store"
+
+# What the command sets for the libraries under it, unless the user did.
+_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes would start a compiler at import
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",  # our own progress tells the rest
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    name: Annotated[str | None, typer.Option("--run", help="Name of the run; from name and time if left out")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run; finished work is not repeated")] = False,
+    plan: Annotated[Path | None, typer.Option("--plan", help="Use a plan kept by `fedpipe plan --save`")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune one model on the data of all edges, and release it."""
+    from fedpipe_core.errors import ConfigError
+
+    with _explained(as_json):
+        loaded = _load(config, overrides)
+        if resume and name is None:
+            raise ConfigError("--resume needs --run NAME, the run to continue; `fedpipe status` lists the runs")
+        with _showing():
+            result = _run_flow(loaded, name, resume, plan)
+        _print(result.model_dump(mode="json"), as_json, lambda document: _summary(result))
+
+
+@app.command("plan")
+def plan_command(
+    config: ConfigPath,
+    save: Annotated[Path | None, typer.Option("--save", help="Keep the plan in a file for `fedpipe run --plan`")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Profile every edge and print what each would do; nothing is trained."""
+    with _explained(as_json):
+        loaded = _load(config, overrides)
+        with _showing():
+            document, infeasible = _plan_flow(loaded, save)
+        _print(document, as_json, _plan_table)
+    if infeasible:
+        raise typer.Exit(2)
+
+
+@app.command()
+def status(
+    run_name: Annotated[str | None, typer.Argument(metavar="RUN", help="Name of the run; all runs if left out")] = None,
+    store: StoreRoot = DEFAULT_STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Say how far a run is, from the store alone."""
+    with _explained(as_json):
+        from tasks.status import describe_run, list_runs
+
+        document = describe_run(store, run_name) if run_name else {"store": store, "runs": list_runs(store)}
+        _print(document, as_json, lambda found: json.dumps(found, indent=2))
+
+
+@app.command()
+def release(
+    run_name: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run whose rounds are done")],
+    store: StoreRoot = DEFAULT_STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Export, register and perhaps promote the model of a run whose rounds are done."""
+    with _explained(as_json), _showing():
+        _start_api()
+        from flows.release import release_model
+
+        report = release_model(run_name, store)
+        _print(report.model_dump(mode="json"), as_json, lambda found: json.dumps(found, indent=2))
+
+
+@app.command()
+def rollback(
+    model: Annotated[str, typer.Argument(help="Registered model")],
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow tracking URI; MLFLOW_TRACKING_URI or a file beside the store if left out")
+    ] = None,
+    store: StoreRoot = DEFAULT_STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Make the version that the champion replaced champion again."""
+    with _explained(as_json):
+        from fedpipe_core.config import TrackingSpec
+        from tasks import registry, tracking
+
+        restored = registry.rollback(tracking.tracking_uri(TrackingSpec(uri=tracking_uri), store), model)
+        document = {"model": restored.name, "version": restored.version, "alias": registry.CHAMPION}
+        _print(document, as_json, lambda found: f"{restored.name} version {restored.version} is champion again")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the config."""
+    from fedpipe_core.config import FederationConfig
+
+    print(json.dumps(FederationConfig.model_json_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point of the `fedpipe` command."""
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    app()
+
+
+@contextmanager
+def _explained(as_json: bool) -> Iterator[None]:
+    """Turn an expected failure into one sentence on stderr and its exit code."""
+    from fedpipe_core.errors import FedPipeError
+
+    try:
+        yield
+    except FedPipeError as error:
+        print(f"fedpipe: {error}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"status": "failed", "error": str(error)}))
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("fedpipe: interrupted; what is finished is kept, continue with --resume", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _showing() -> Iterator[None]:
+    from rich.console import Console
+
+    from flows.display import LiveBars, PlainLines
+    from tasks import progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        with progress.listening(PlainLines()):
+            yield
+        return
+    with LiveBars(console) as bars, progress.listening(bars):
+        yield
+
+
+def _load(path: Path, overrides: list[str] | None) -> "FederationConfig":
+    from fedpipe_core.config import load_config
+
+    return load_config(path, overrides)
+
+
+def _start_api() -> None:
+    """Start Prefect's own API in the background, if no server is configured, while torch is being imported."""
+    import threading
+
+    from prefect.client.orchestration import get_client
+
+    def wake() -> None:
+        with get_client(sync_client=True) as client:
+            client.hello()
+
+    threading.Thread(target=wake, daemon=True).start()
+
+
+def _run_flow(config: "FederationConfig", name: str | None, resume: bool, plan: Path | None) -> "RunResult":
+    _start_api()
+    from flows.federation import federated_finetune, read_saved_plan
+
+    saved = None if plan is None else read_saved_plan(plan)
+    return federated_finetune(config, name, resume, saved)
+
+
+def _plan_flow(config: "FederationConfig", save: Path | None) -> tuple[dict[str, Any], bool]:
+    _start_api()
+    from flows.planning import plan_federation
+
+    return plan_federation(config, None if save is None else str(save))
+
+
+def _print(document: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]], str]) -> None:
+    print(json.dumps(document) if as_json else render(document))
+
+
+def _plan_table(document: dict[str, Any]) -> str:
+    from flows.tables import plan_table
+
+    return plan_table(document)
+
+
+def _summary(result: "RunResult") -> str:
+    from flows.tables import result_summary
+
+    return result_summary(result)

@@ -1,0 +1,79 @@
+"""A run's progress for a person: live bars on a terminal, one plain line per finished step elsewhere; always on stderr."""
+
+import sys
+import threading
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class PlainLines:
+    """One line per finished step, with the time since the start."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+
+    def started(self, who: str, what: str, steps: int | None) -> None:
+        """Say nothing: the line comes when the step is done."""
+
+    def advanced(self, who: str) -> None:
+        """Say nothing."""
+
+    def finished(self, who: str, what: str, seconds: float) -> None:
+        """Print who did what, and how long it took."""
+        self.noted(f"{who}: {what} done in {seconds:.1f} s")
+
+    def noted(self, text: str) -> None:
+        """Print one line."""
+        print(f"[{time.perf_counter() - self._started:7.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+class LiveBars:
+    """A bar per edge while it works, with the time left; notes scroll above."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._bars: dict[str, TaskID] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "LiveBars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._progress.stop()
+
+    def started(self, who: str, what: str, steps: int | None) -> None:
+        """Show a bar."""
+        with self._lock:
+            self._remove(who)
+            self._bars[who] = self._progress.add_task(f"{who}: {what}", total=steps)
+
+    def advanced(self, who: str) -> None:
+        """Move its bar by one step."""
+        with self._lock:
+            if who in self._bars:
+                self._progress.advance(self._bars[who])
+
+    def finished(self, who: str, what: str, seconds: float) -> None:
+        """Take the bar away."""
+        with self._lock:
+            self._remove(who)
+
+    def noted(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._progress.console.print(text, highlight=False)
+
+    def _remove(self, who: str) -> None:
+        bar = self._bars.pop(who, None)
+        if bar is not None:
+            self._progress.remove_task(bar)

@@ -1,0 +1,118 @@
+"""The whole pipeline: profile every edge, plan, train round after round, aggregate, judge, release."""
+
+import os
+import time
+from collections.abc import Sequence
+from datetime import datetime
+
+from prefect import Task, flow
+from prefect.artifacts import create_table_artifact
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from fedpipe_core.config import FederationConfig
+from fedpipe_core.evaluation import metrics_of
+from fedpipe_core.schemas import FederationPlan, RoundRecord, RunResult
+from flows.release import release_model, track
+from tasks import edge, federation, progress, reports, tracking
+from tasks.edge import EdgeSession
+from tasks.federation import Coordinator
+from tasks.records import RunKeys, get_record, put_record
+from tasks.storage import open_store
+from tasks.tracking import TrackedRun
+
+
+def new_run_name(config: FederationConfig) -> str:
+    """Name of a run that was given none: the federation's and the time."""
+    return f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+@flow(name="federated_finetune", flow_run_name="{run}")
+def federated_finetune(config: FederationConfig, run: str | None = None, resume: bool = False) -> RunResult:
+    """Tune one model on the data of all edges and release it.
+
+    config: what to tune, on whose data, and how. run: name of the run; made from federation and time when left out.
+    resume: continue the run of that name; nothing whose record is in the store is computed again.
+    """
+    started, store = time.perf_counter(), open_store(config.store)
+    keys = RunKeys(run or new_run_name(config))
+    federation.open_federation(config, store, keys, resume)
+    done = get_record(store, keys.result, RunResult)
+    if done is not None:
+        return done
+    coordinator = Coordinator(config, store, keys)
+    tracked = track(coordinator)
+    try:
+        result = _run_rounds_and_release(coordinator, tracked, started)
+    except BaseException as error:
+        tracking.close_run(tracked, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    put_record(store, keys.result, result)
+    tracking.log_json(tracked, result.model_dump(mode="json"), "result.json")
+    tracking.close_run(tracked, "FINISHED")
+    return result
+
+
+def plan_only(config: FederationConfig, run: str) -> tuple[Coordinator, FederationPlan]:
+    """Profile every edge and plan, as a run would; nothing is trained."""
+    coordinator = Coordinator(config, open_store(config.store), RunKeys(run))
+    _on_all_edges(edge.profile, _sessions(coordinator), shape=coordinator.shape)
+    return coordinator, federation.plan(coordinator)
+
+
+def _run_rounds_and_release(coordinator: Coordinator, tracked: TrackedRun, started: float) -> RunResult:
+    sessions = _sessions(coordinator)
+    _on_all_edges(edge.profile, sessions, shape=coordinator.shape)
+    plan = federation.plan(coordinator)
+    create_table_artifact(reports.plan_rows(plan), key="plan", description=f"Plan of {coordinator.keys.run}")
+    federation.publish_first_adapter(coordinator, plan)
+    baseline = metrics_of(federation.evaluate(coordinator, 1, whole=True))
+    progress.note(f"before training: {reports.metrics_line(baseline)}")
+    tracking.log_round(tracked, 0, baseline, {})
+    rounds = [_one_round(coordinator, sessions, plan, index + 1) for index in range(coordinator.config.rounds)]
+    for record in rounds:
+        tracking.log_round(tracked, record.round, *reports.tracked_metrics(record))
+    reports.log_plots(tracked, plan, rounds)
+    create_table_artifact(reports.round_rows(rounds), key="rounds", description=f"Rounds of {coordinator.keys.run}")
+    released = release_model(coordinator.keys.run, coordinator.store.root, baseline)
+    return reports.run_result(coordinator, tracked, plan, rounds, baseline, released, seconds=time.perf_counter() - started)
+
+
+def _sessions(coordinator: Coordinator) -> list[EdgeSession]:
+    edges, cores = coordinator.config.edges, os.cpu_count() or 1
+    threads = max(1, cores // _edges_at_once(coordinator.config))
+    return [EdgeSession(coordinator.config, spec, coordinator.store, coordinator.keys, threads) for spec in edges]
+
+
+def _one_round(
+    coordinator: Coordinator, sessions: Sequence[EdgeSession], plan: FederationPlan, round_index: int
+) -> RoundRecord:
+    known = get_record(coordinator.store, coordinator.keys.round_record(round_index), RoundRecord)
+    if known is not None:
+        return known
+    started = time.perf_counter()
+    federation.forget_failures(coordinator, round_index)
+    _on_all_edges(edge.train_round, sessions, round_index=round_index)
+    aggregate = federation.aggregate_round(coordinator, plan, round_index)
+    last = round_index == coordinator.config.rounds
+    metrics = metrics_of(federation.evaluate(coordinator, round_index + 1, whole=last))
+    record = reports.round_record(coordinator, plan, aggregate, metrics, time.perf_counter() - started)
+    put_record(coordinator.store, coordinator.keys.round_record(round_index), record)
+    progress.note(f"round {round_index}/{coordinator.config.rounds}: {reports.metrics_line(metrics)}")
+    return record
+
+
+def _on_all_edges(step: Task, sessions: Sequence[EdgeSession], **parameters: object) -> None:  # type: ignore[type-arg]
+    """Run one step on every edge, as many at once as the machine is meant to carry; the first error is raised."""
+    runner: ThreadPoolTaskRunner[None] = ThreadPoolTaskRunner(max_workers=_edges_at_once(sessions[0].config))
+    with runner:
+        try:
+            futures = [runner.submit(step, {"session": session, **parameters}) for session in sessions]
+            for future in futures:
+                future.result()
+        except KeyboardInterrupt:
+            edge.stop_training()
+            raise
+
+
+def _edges_at_once(config: FederationConfig) -> int:
+    return config.concurrency or min(len(config.edges), os.cpu_count() or 1)

@@ -1,0 +1,71 @@
+"""Release a finished run: export, judge, register, promote."""
+
+from collections.abc import Mapping
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from fedpipe_core.config import FederationConfig
+from fedpipe_core.errors import ReleaseError
+from fedpipe_core.evaluation import metrics_of
+from fedpipe_core.schemas import FederationRecord, ReleaseReport
+from tasks import release, tracking
+from tasks.federation import Coordinator, evaluate
+from tasks.records import RunKeys, get_record
+from tasks.storage import open_store
+from tasks.tracking import TrackedRun
+
+
+@flow(name="release_model", flow_run_name="release {run}")
+def release_model(run: str, store: str = ".fedpipe/store", baseline: dict[str, float] | None = None) -> ReleaseReport:
+    """Export, register and perhaps promote the model of a finished run.
+
+    run: name of the run. store: object store that holds it. baseline: metrics before training, measured when left out.
+    """
+    coordinator = _coordinator(run, store)
+    step = release.Release(
+        coordinator, track(coordinator), baseline or metrics_of(evaluate(coordinator, 1, whole=True))
+    )
+    with step.written:
+        exports = [release.export(step, scheme) for scheme in coordinator.config.release.exports]
+        version = release.register(step, exports)
+        report = ReleaseReport(exports=exports, model=release.promote(step, version))
+    create_markdown_artifact(_summary(report), key="release", description=f"Release of {run}")
+    return report
+
+
+def track(coordinator: Coordinator) -> TrackedRun:
+    """The MLflow run of a federation: started by its first step, continued by every later one."""
+    config, keys = coordinator.config, coordinator.keys
+    uri = tracking.tracking_uri(config.tracking, coordinator.store.root)
+    tags = {"fedpipe.store": coordinator.store.root, "fedpipe.base_sha256": coordinator.base.sha256}
+    return tracking.open_run(uri, config.tracking.experiment or config.name, keys.run, tags, _parameters(config))
+
+
+def _parameters(config: FederationConfig) -> Mapping[str, object]:
+    return config.model_dump(mode="json", exclude={"edges", "tracking", "store"})
+
+
+def _coordinator(run: str, store: str) -> Coordinator:
+    opened, keys = open_store(store), RunKeys(run)
+    record = get_record(opened, keys.federation, FederationRecord)
+    if record is None:
+        raise ReleaseError(f"run {run} is not in {opened.root}; `fedpipe status` lists the runs there")
+    return Coordinator(FederationConfig.model_validate(record.config), opened, keys)
+
+
+def _summary(report: ReleaseReport) -> str:
+    rows = [
+        f"| {e.scheme} | {e.bytes / 2**20:.1f} | {e.metrics['accuracy']:.4f} | {e.metrics['loss']:.4f} |"
+        for e in report.exports
+    ]
+    verdict = "promoted to champion" if report.model.decision.promoted else "not promoted"
+    lines = [
+        f"**{report.model.name} version {report.model.version}: {verdict}**",
+        *(f"- {reason}" for reason in report.model.decision.reasons),
+        "",
+        "| export | MiB | accuracy | loss |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+    return "\n".join(lines)

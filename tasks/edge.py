@@ -1,0 +1,280 @@
+"""An edge's steps: profile once, then train round after round. They meet the coordinator in the store alone.
+
+An `EdgeSession` is what an edge keeps warm between rounds. The same steps run in the coordinator's process in local
+mode; sessions in one process share one base per bit width.
+"""
+
+import functools
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from fedpipe_core import aggregation_rules
+from fedpipe_core.adapters import Adapter
+from fedpipe_core.batches import Batch, pad_batch, tokenize, training_batches
+from fedpipe_core.config import EdgeSpec, FederationConfig, ModelSpec
+from fedpipe_core.data import fingerprint, split_validation
+from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter, read_adapter
+from fedpipe_core.errors import FedPipeError, IntegrityError
+from fedpipe_core.evaluation import metrics_of, predict
+from fedpipe_core.low_rank import LowRank
+from fedpipe_core.memory import training_memory_bytes
+from fedpipe_core.model import Base, load_base
+from fedpipe_core.partition import load_edge_examples
+from fedpipe_core.profiling import EdgeData, profile_edge
+from fedpipe_core.schemas import (
+    EdgePlan,
+    FailureRecord,
+    FederationPlan,
+    GlobalRecord,
+    ModelShape,
+    UpdateRecord,
+)
+from fedpipe_core.seeding import derive_seed
+from fedpipe_core.training import TrainingReport, rate_factor, train
+from fedpipe_core.wire import decode_adapter, encode_adapter
+from fedpipe_core.wire_updates import encode_update
+from tasks import progress
+from tasks.records import RunKeys, get_data, get_record, put_data, put_record
+from tasks.storage import ObjectStore
+
+_loading = threading.Lock()
+_stopping = threading.Event()
+LINK_PROBE_BYTES = 2**20
+EdgeStart = tuple[Adapter, dict[str, LowRank]]
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded_base(spec: ModelSpec, labels: int, bits: int, seed: int) -> Base:
+    return load_base(spec, labels, bits, seed)
+
+
+def shared_base(config: FederationConfig, bits: int) -> Base:
+    """The base at a bit width, loaded once per process however many edges use it."""
+    with _loading:
+        return _loaded_base(config.model, config.data.labels, bits, config.seed)
+
+
+def dense_base(config: FederationConfig) -> Base:
+    """The base unquantized, on which adapters are scored, judged and merged: as wide as the config allows."""
+    widest = max(config.model.bits)
+    return shared_base(config, widest if widest >= 16 else 16 if torch.cuda.is_available() else 32)
+
+
+class EdgeSession:
+    """What one edge keeps between rounds: its rows, tokenized, and its model once the plan is known.
+
+    A plain class, since Prefect walks through every dataclass it is handed.
+    """
+
+    def __init__(self, config: FederationConfig, edge: EdgeSpec, store: ObjectStore, keys: RunKeys, threads: int):
+        self.config, self.edge, self.store, self.keys, self.threads = config, edge, store, keys, threads
+
+    @property
+    def edge_id(self) -> str:
+        """The edge's name."""
+        return self.edge.edge_id
+
+    @functools.cached_property
+    def federation_plan(self) -> FederationPlan:
+        """What every edge shall do. Raises IntegrityError while there is none."""
+        plan = get_record(self.store, self.keys.plan, FederationPlan)
+        if plan is None:
+            raise IntegrityError(
+                f"{self.edge_id}: {self.keys.plan} is not in the store, so there is nothing to train by"
+            )
+        return plan
+
+    @property
+    def plan(self) -> EdgePlan:
+        """What this edge shall do."""
+        return self.federation_plan.edges[self.edge_id]
+
+    @functools.cached_property
+    def data(self) -> EdgeData:
+        """The edge's rows, split into training and validation."""
+        examples = load_edge_examples(self.config, self.edge)
+        salt = f"{self.config.name}/{self.edge_id}"
+        training, validation = split_validation(examples, self.config.data.validation_fraction, self.config.seed)
+        tokenizer, longest = self.profile_base.tokenizer, self.config.model.max_tokens
+        return EdgeData(
+            train=tokenize(training, tokenizer, longest),
+            validation=tokenize(validation, tokenizer, longest),
+            fingerprint=fingerprint(examples, salt),
+        )
+
+    @property
+    def profile_base(self) -> Base:
+        """The base on which the edge is profiled."""
+        return dense_base(self.config)
+
+    @functools.cached_property
+    def model(self) -> EdgeModel:
+        """The edge's adapters and head on the planned base; built in the first round."""
+        base = shared_base(self.config, self.plan.base_bits)
+        scaling, cap = self.config.training.adapter_scaling, self.config.aggregation.rank_cap
+        modules = self.federation_plan.planned_modules
+        return build_edge_model(base.model, self.plan.ranks, cap, scaling, self.plan.checkpointing, modules)
+
+    @functools.cached_property
+    def peak_memory_bytes(self) -> int:
+        """What a step on the edge's longest rows holds; measured once."""
+        rows = sorted(range(len(self.data.train)), key=lambda row: -len(self.data.train.token_ids[row]))
+        batch = pad_batch(self.data.train, list(itertools.islice(itertools.cycle(rows), self.plan.batch_size)))
+        return training_memory_bytes(self.model, batch)
+
+    @property
+    def state(self) -> Path:
+        """Folder of what never leaves the edge."""
+        root = Path(self.store.root) if "://" not in self.store.root else Path(".fedpipe")
+        return root.parent / "edges" / self.keys.run / self.edge_id
+
+
+class StoppedError(BaseException):
+    """Raised in a training thread when the run was interrupted; like KeyboardInterrupt, no edge's fault."""
+
+
+def stop_training() -> None:
+    """Make training in other threads end after its present step; updates not yet published are lost."""
+    _stopping.set()
+
+
+@task(task_run_name="profile {session.edge_id}", cache_policy=NO_CACHE)
+def profile(session: EdgeSession, shape: ModelShape) -> None:
+    """Measure the edge and publish its profile; a published profile is left as it is."""
+    key = session.keys.profile(session.edge_id)
+    if session.store.exists(key):
+        return
+    torch.set_num_threads(session.threads)
+    link = None if session.edge.resources else link_bytes_per_second(session.store, session.keys, session.edge_id)
+    with progress.working(session.edge_id, "profile"):
+        found = profile_edge(session.edge_id, session.profile_base, shape, session.data, session.config, link)
+    put_record(session.store, key, found)
+    get_run_logger().info(
+        "%s: %d examples, profiled in %.1f s", found.edge_id, found.num_examples, found.profile_seconds
+    )
+
+
+@task(task_run_name="round {round_index} train {session.edge_id}", cache_policy=NO_CACHE)
+def train_round(session: EdgeSession, round_index: int) -> None:
+    """Train one round and publish the update; publish the reason instead when the edge cannot.
+
+    An update that is already in the store is left as it is, so a resumed run trains no edge twice.
+    """
+    keys, edge_id = session.keys, session.edge_id
+    if session.store.exists(keys.update_record(round_index, edge_id)):
+        return
+    try:
+        update = _train_and_publish(session, round_index)
+        get_run_logger().info("%s: loss %.4f after %d steps", edge_id, update.train_loss, update.steps)
+    except Exception as error:
+        reason = str(error) if isinstance(error, FedPipeError) else f"{type(error).__name__}: {error}"
+        get_run_logger().warning("%s: no update in round %d: %s", edge_id, round_index, reason, exc_info=True)
+        failure = FailureRecord(run=keys.run, round=round_index, edge_id=edge_id, reason=reason)
+        put_record(session.store, keys.failure(round_index, edge_id), failure)
+        progress.note(f"{edge_id} returns no update from round {round_index}: {reason}")
+
+
+def link_bytes_per_second(store: ObjectStore, keys: RunKeys, edge_id: str) -> float:
+    """Measure the link to the store by writing and reading one MiB."""
+    key, data = f"{keys.profiles}/{edge_id}.link", bytes(LINK_PROBE_BYTES)
+    started = time.perf_counter()
+    store.put(key, data)
+    store.get(key)
+    seconds = time.perf_counter() - started
+    store.delete(key)
+    return 2 * LINK_PROBE_BYTES / seconds
+
+
+def read_global(store: ObjectStore, keys: RunKeys, round_index: int) -> tuple[GlobalRecord, Adapter]:
+    """The adapter a round starts from. Raises IntegrityError when it is missing or not what its record says."""
+    record = get_record(store, keys.global_record(round_index), GlobalRecord)
+    if record is None:
+        raise IntegrityError(f"store {store.root}: {keys.global_record(round_index)} is missing; resume the run")
+    return record, decode_adapter(get_data(store, record.adapter))
+
+
+def edge_start(config: FederationConfig, plan: EdgePlan, adapter: Adapter, round_index: int) -> EdgeStart:
+    """What an edge trains in a round and its frozen tail; the coordinator computes the same from the same adapter."""
+    split = aggregation_rules.edge_start(config.aggregation.rule)
+    return split(adapter, plan.ranks, derive_seed(config.seed, "start", round_index))
+
+
+def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
+    torch.set_num_threads(session.threads)
+    config, keys, plan = session.config, session.keys, session.plan
+    started = time.perf_counter()
+    record, adapter = read_global(session.store, keys, round_index)
+    start, tail = edge_start(config, plan, adapter, round_index)
+    load_adapter(session.model, start, tail)
+    metrics = _validate(session)
+    report = _train(session, round_index)
+    data = _encode(session, round_index, start)
+    update = UpdateRecord(
+        run=keys.run,
+        round=round_index,
+        edge_id=session.edge_id,
+        base_sha256=shared_base(config, plan.base_bits).sha256,
+        global_sha256=record.adapter.sha256,
+        adapter=put_data(session.store, keys.update_data(round_index, session.edge_id), data),
+        num_examples=len(session.data.train),
+        examples_processed=report.examples_processed,
+        steps=report.steps,
+        train_loss=report.loss,
+        train_seconds=report.seconds,
+        round_seconds=time.perf_counter() - started,
+        peak_memory_bytes=session.peak_memory_bytes,
+        download_bytes=record.adapter.size_bytes,
+        metrics=metrics,
+    )
+    put_record(session.store, keys.update_record(round_index, session.edge_id), update)
+    return update
+
+
+def _validate(session: EdgeSession) -> dict[str, float]:
+    if not len(session.data.validation):
+        return {}
+    with progress.working(session.edge_id, "validate"):
+        return metrics_of(predict(session.model.model, session.data.validation, session.config.evaluation.batch_size))
+
+
+def _train(session: EdgeSession, round_index: int) -> TrainingReport:
+    config, plan = session.config, session.plan
+    parts = (config.seed, round_index, session.edge_id)
+    batches = training_batches(session.data.train, plan.batch_size, plan.local_steps, parts)
+    rate = rate_factor(config.training, round_index, config.rounds)
+    with progress.working(session.edge_id, f"train round {round_index}", plan.local_steps) as advance:
+        return train(session.model, _counted(batches, advance), config.training, rate)
+
+
+def _counted(batches: Iterator[Batch], advance: Callable[[], None]) -> Iterator[Batch]:
+    for batch in batches:
+        if _stopping.is_set():
+            raise StoppedError("the run was interrupted")
+        yield batch
+        advance()
+
+
+def _encode(session: EdgeSession, round_index: int, start: Adapter) -> bytes:
+    """Encode the update; what a short number format leaves out is kept at the edge and added next round."""
+    residual = _read_residual(session, round_index - 1)
+    data, left_out = encode_update(read_adapter(session.model), start, session.config.exchange.dtype, residual)
+    if left_out is not None:
+        session.state.mkdir(parents=True, exist_ok=True)
+        _residual_path(session, round_index).write_bytes(encode_adapter(left_out, "fp32"))
+    return data
+
+
+def _read_residual(session: EdgeSession, round_index: int) -> Adapter | None:
+    path = _residual_path(session, round_index)
+    return decode_adapter(path.read_bytes()) if path.is_file() else None
+
+
+def _residual_path(session: EdgeSession, round_index: int) -> Path:
+    return session.state / f"residual-{round_index:04d}.safetensors"

@@ -1,0 +1,328 @@
+"""The coordinator's steps: open a run, plan it, aggregate and judge each round.
+
+Everything it decides is written to the store before the next step begins; a step whose record is there is not repeated.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from fedpipe_core.adapters import Adapter, initial_adapter
+from fedpipe_core.aggregation import Update, aggregate
+from fedpipe_core.batches import TokenizedExamples, tokenize
+from fedpipe_core.config import FederationConfig
+from fedpipe_core.data import load_examples
+from fedpipe_core.edge_model import EdgeModel, build_global_model, load_global_adapter
+from fedpipe_core.errors import ConfigError, FedPipeError, QuorumError, UpdateRefusedError
+from fedpipe_core.evaluation import predict
+from fedpipe_core.model import Base, head_parameters, model_shape
+from fedpipe_core.planning import plan_federation
+from fedpipe_core.predictions import Predictions
+from fedpipe_core.schemas import (
+    EdgeProfile,
+    FailureRecord,
+    FederationPlan,
+    FederationRecord,
+    GlobalRecord,
+    ModelShape,
+    UpdateRecord,
+)
+from fedpipe_core.seeding import random_generator
+from fedpipe_core.update_checks import check_update, screen_updates
+from fedpipe_core.wire import encode_adapter
+from fedpipe_core.wire_updates import decode_update
+from tasks import progress
+from tasks.edge import dense_base, edge_start, read_global
+from tasks.records import RunKeys, get_data, get_record, put_data, put_record
+from tasks.storage import ObjectStore
+
+
+class Coordinator:
+    """What the coordinator keeps warm: the dense base, the held-out set and a model that carries the global adapter.
+
+    A plain class, since Prefect walks through every dataclass it is handed.
+    """
+
+    def __init__(self, config: FederationConfig, store: ObjectStore, keys: RunKeys):
+        self.config, self.store, self.keys = config, store, keys
+
+    @property
+    def base(self) -> Base:
+        """The base at full precision, on which the global adapter is judged and into which it is merged."""
+        return dense_base(self.config)
+
+    @functools.cached_property
+    def shape(self) -> ModelShape:
+        """What the cost model needs to know of the base."""
+        return model_shape(self.base.model, self.config.data.labels)
+
+    @functools.cached_property
+    def held_out(self) -> TokenizedExamples:
+        """The held-out set."""
+        examples = load_examples(self.config.data.test, self.config.data)
+        return tokenize(examples, self.base.tokenizer, self.config.model.max_tokens)
+
+    @functools.cached_property
+    def model(self) -> EdgeModel:
+        """A model for the global adapter, whatever its ranks."""
+        return build_global_model(self.base.model, self.config.aggregation.rank_cap)
+
+
+def open_federation(config: FederationConfig, store: ObjectStore, keys: RunKeys, resume: bool) -> FederationRecord:
+    """Write what the run is, or check that a resumed run still is what it was.
+
+    Raises ConfigError when the name is taken, when there is nothing to resume, or when the config changed since.
+    """
+    known = get_record(store, keys.federation, FederationRecord)
+    if known is not None and not resume:
+        raise ConfigError(
+            f"run {keys.run} exists in {store.root}; continue it with --resume, or choose another name with --run"
+        )
+    if known is None and resume:
+        raise ConfigError(f"run {keys.run} is not in {store.root}, so there is nothing to resume; leave out --resume")
+    record = _describe(config, keys.run, dense_base(config).sha256)
+    if known is not None:
+        _check_unchanged(known, record)
+        return known
+    put_record(store, keys.federation, record)
+    return record
+
+
+def forget_failures(coordinator: Coordinator, round_index: int) -> None:
+    """Let edges that failed in the open round try again."""
+    for edge in coordinator.config.edges:
+        coordinator.store.delete(coordinator.keys.failure(round_index, edge.edge_id))
+
+
+@task(task_run_name="plan", cache_policy=NO_CACHE)
+def plan(coordinator: Coordinator) -> FederationPlan:
+    """Plan every edge from its profile and publish the plan; a published plan is obeyed.
+
+    Raises PlanError when an edge has no feasible plan.
+    """
+    store, keys = coordinator.store, coordinator.keys
+    known = get_record(store, keys.plan, FederationPlan)
+    if known is not None:
+        return known
+    with progress.working("coordinator", "plan"):
+        profiles = read_profiles(coordinator)
+        found = plan_federation(coordinator.shape, profiles, coordinator.config)
+    hashes = {edge_id: hashlib.sha256(store.get(keys.profile(edge_id))).hexdigest() for edge_id in profiles}
+    found = found.model_copy(update={"profiles": hashes})
+    put_record(store, keys.plan, found)
+    return found
+
+
+def read_profiles(coordinator: Coordinator) -> dict[str, EdgeProfile]:
+    """Every edge's profile, in the config's order of edges."""
+    keys = {edge.edge_id: coordinator.keys.profile(edge.edge_id) for edge in coordinator.config.edges}
+    found = {edge_id: get_record(coordinator.store, key, EdgeProfile) for edge_id, key in keys.items()}
+    missing = [edge_id for edge_id, profile in found.items() if profile is None]
+    if missing:
+        raise QuorumError(f"no profile from {', '.join(missing)}; look at that edge's log, then resume the run")
+    return {edge_id: profile for edge_id, profile in found.items() if profile is not None}
+
+
+@task(task_run_name="publish the first adapter", cache_policy=NO_CACHE)
+def publish_first_adapter(coordinator: Coordinator, federation_plan: FederationPlan) -> None:
+    """Publish what round 1 starts from: B = 0 on every module any edge trains, and the untrained head."""
+    if coordinator.store.exists(coordinator.keys.global_record(1)):
+        return
+    planned = federation_plan.planned_modules
+    shapes = {name: shape for name, shape in coordinator.shape.modules.items() if name in planned}
+    head = {name: value.detach().float().cpu() for name, value in head_parameters(coordinator.base.model).items()}
+    adapter = initial_adapter(shapes, federation_plan.largest_rank, head, coordinator.config.seed)
+    _publish_adapter(coordinator, 1, adapter, counted={}, dropped={})
+
+
+@task(task_run_name="round {round_index} aggregate", cache_policy=NO_CACHE)
+def aggregate_round(coordinator: Coordinator, federation_plan: FederationPlan, round_index: int) -> GlobalRecord:
+    """Check the round's updates, aggregate those that count and publish what the next round starts from.
+
+    Raises QuorumError, leaving the round open, when fewer than `min_edges` count.
+    """
+    known = get_record(coordinator.store, coordinator.keys.global_record(round_index + 1), GlobalRecord)
+    if known is not None:
+        return known
+    with progress.working("coordinator", "aggregate"):
+        torch.set_num_threads(os.cpu_count() or 1)
+        _, previous = read_global(coordinator.store, coordinator.keys, round_index)
+        updates, hashes, dropped = _read_updates(coordinator, federation_plan, previous, round_index)
+        counted, refused = screen_updates(updates, coordinator.config.aggregation)
+        dropped |= refused
+        _require_quorum(coordinator.config, round_index, len(counted), dropped)
+        before = _before_previous(coordinator, round_index)
+        found = aggregate(previous, counted, coordinator.config.aggregation, before)
+    used = {update.edge_id: hashes[update.edge_id] for update in counted}
+    return _publish_adapter(coordinator, round_index + 1, found.adapter, used, dropped)
+
+
+@task(task_run_name="round {round_index} evaluate", cache_policy=NO_CACHE)
+def evaluate(coordinator: Coordinator, round_index: int, whole: bool) -> Predictions:
+    """Judge what `round_index` starts from on the held-out set, or on the configured share of it."""
+    _, adapter = read_global(coordinator.store, coordinator.keys, round_index)
+    torch.set_num_threads(os.cpu_count() or 1)
+    load_global_adapter(coordinator.model, adapter)
+    share = coordinator.held_out if whole else _share(coordinator.held_out, coordinator.config)
+    with progress.working("coordinator", "evaluate"):
+        return predict(coordinator.model.model, share, coordinator.config.evaluation.batch_size)
+
+
+def round_updates(coordinator: Coordinator, round_index: int) -> dict[str, UpdateRecord]:
+    """The update records of a round, by edge."""
+    return {
+        edge.edge_id: record
+        for edge in coordinator.config.edges
+        if (record := _update_record(coordinator, round_index, edge.edge_id)) is not None
+    }
+
+
+def config_sha256(config: FederationConfig) -> str:
+    """Hash of a resolved config."""
+    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def _describe(config: FederationConfig, run: str, base_sha256: str) -> FederationRecord:
+    return FederationRecord(
+        run=run,
+        config=config.model_dump(mode="json"),
+        config_sha256=config_sha256(config),
+        seed=config.seed,
+        code_version=version("fedpipe"),
+        code_commit=_code_commit(),
+        base_sha256=base_sha256,
+    )
+
+
+def _code_commit() -> str | None:
+    """Commit of a source checkout; None for an installed package."""
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _check_unchanged(known: FederationRecord, now: FederationRecord) -> None:
+    if known.base_sha256 != now.base_sha256:
+        raise ConfigError(
+            f"run {known.run} was started on base model {known.base_sha256[:12]}, found {now.base_sha256[:12]}; "
+            "bring back the model it was started on, or start a new run"
+        )
+    changed = _changed_keys(known.config, now.config)
+    if changed:
+        raise ConfigError(
+            f"run {known.run} was started with another config; changed since: {', '.join(changed)}; "
+            "resume with the config it was started with, or start a new run with --run NAME"
+        )
+
+
+def _changed_keys(known: object, now: object, prefix: str = "") -> list[str]:
+    if isinstance(known, Mapping) and isinstance(now, Mapping):
+        keys = [*known, *(key for key in now if key not in known)]
+        pairs = [(f"{prefix}.{key}" if prefix else str(key), known.get(key), now.get(key)) for key in keys]
+        return [found for name, old, new in pairs for found in _changed_keys(old, new, name)]
+    return [] if known == now else [prefix]
+
+
+def _publish_adapter(
+    coordinator: Coordinator, round_index: int, adapter: Adapter, counted: dict[str, str], dropped: dict[str, str]
+) -> GlobalRecord:
+    # Edges keep what a short format leaves out of their updates; nobody keeps it for the global adapter, which every
+    # round builds on, so it is never shorter than bf16.
+    keys, dtype = coordinator.keys, "fp32" if coordinator.config.exchange.dtype == "fp32" else "bf16"
+    record = GlobalRecord(
+        run=keys.run,
+        round=round_index,
+        base_sha256=coordinator.base.sha256,
+        adapter=put_data(coordinator.store, keys.global_data(round_index), encode_adapter(adapter, dtype)),
+        counted=counted,
+        dropped=dropped,
+        ranks=adapter.ranks,
+    )
+    put_record(coordinator.store, keys.global_record(round_index), record)
+    return record
+
+
+def _read_updates(
+    coordinator: Coordinator, federation_plan: FederationPlan, previous: Adapter, round_index: int
+) -> tuple[list[Update], dict[str, str], dict[str, str]]:
+    """The updates that are what the plan asked for, the hash of each, and the reason of every edge without one."""
+    updates, hashes, dropped = [], {}, {}
+    for edge_id in federation_plan.edges:
+        try:
+            record = _required_update(coordinator, round_index, edge_id)
+            updates.append(_decode(coordinator, federation_plan, previous, record))
+            hashes[edge_id] = record.adapter.sha256
+        except FedPipeError as refusal:
+            dropped[edge_id] = str(refusal)
+    return updates, hashes, dropped
+
+
+def _required_update(coordinator: Coordinator, round_index: int, edge_id: str) -> UpdateRecord:
+    record = _update_record(coordinator, round_index, edge_id)
+    if record is not None:
+        return record
+    key = coordinator.keys.failure(round_index, edge_id)
+    failure = get_record(coordinator.store, key, FailureRecord)
+    raise UpdateRefusedError(failure.reason if failure else "no answer")
+
+
+def _update_record(coordinator: Coordinator, round_index: int, edge_id: str) -> UpdateRecord | None:
+    return get_record(coordinator.store, coordinator.keys.update_record(round_index, edge_id), UpdateRecord)
+
+
+def _decode(
+    coordinator: Coordinator, federation_plan: FederationPlan, previous: Adapter, record: UpdateRecord
+) -> Update:
+    """Read an update and check that it belongs to this run, round and base and has the plan's shapes."""
+    keys, base = coordinator.keys, coordinator.base.sha256
+    current = get_record(coordinator.store, keys.global_record(record.round), GlobalRecord)
+    started_from = current.adapter.sha256 if current else ""
+    expected = {"run": keys.run, "base_sha256": base, "global_sha256": started_from}
+    for name, value in expected.items():
+        if getattr(record, name) != value:
+            found = getattr(record, name)
+            raise UpdateRefusedError(f"{record.edge_id}: its update's {name} is {found[:16]}, needed {value[:16]}")
+    edge_plan = federation_plan.edges[record.edge_id]
+    start, _ = edge_start(coordinator.config, edge_plan, previous, record.round)
+    trained = decode_update(get_data(coordinator.store, record.adapter), start)
+    update = Update(record.edge_id, start, trained, record.num_examples)
+    check_update(update, edge_plan.ranks)
+    return update
+
+
+def _require_quorum(config: FederationConfig, round_index: int, counted: int, dropped: dict[str, str]) -> None:
+    if counted < config.min_edges:
+        reasons = "; ".join(f"{edge_id}: {reason}" for edge_id, reason in sorted(dropped.items()))
+        raise QuorumError(
+            f"round {round_index} has {counted} updates that count, min_edges is {config.min_edges}; {reasons}; "
+            "mend these edges and continue with --resume"
+        )
+
+
+def _before_previous(coordinator: Coordinator, round_index: int) -> Adapter | None:
+    if not coordinator.config.aggregation.server_momentum or round_index == 1:
+        return None
+    return read_global(coordinator.store, coordinator.keys, round_index - 1)[1]
+
+
+def _share(held_out: TokenizedExamples, config: FederationConfig) -> TokenizedExamples:
+    wanted = config.evaluation.examples_per_round
+    if wanted is None or wanted >= len(held_out):
+        return held_out
+    chosen = random_generator("evaluation", config.seed).permutation(len(held_out))[:wanted]
+    rows = sorted(chosen.tolist())
+    return TokenizedExamples(
+        [held_out.token_ids[row] for row in rows], [held_out.labels[row] for row in rows], held_out.pad_token_id
+    )

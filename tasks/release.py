@@ -1,0 +1,196 @@
+"""A release's steps: write the exports, judge what was written, register it and let the gate decide on the champion."""
+
+import functools
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal, TypeVar
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from fedpipe_core.data import label_names, load_examples_and_column
+from fedpipe_core.errors import ReleaseError
+from fedpipe_core.evaluation import metrics_of, predict
+from fedpipe_core.export import EXPORT_SCHEMES, TunedModel, folder_sha256
+from fedpipe_core.gate import Decision, decide
+from fedpipe_core.model_card import CardFacts, license_of, render_card
+from fedpipe_core.predictions import Predictions, metric_interval
+from fedpipe_core.schemas import (
+    DecisionReport,
+    ExportRecord,
+    FederationPlan,
+    FederationRecord,
+    ModelReport,
+    Record,
+    RoundRecord,
+)
+from tasks import progress, registry, tracking
+from tasks.edge import read_global
+from tasks.federation import Coordinator, read_profiles
+from tasks.records import get_record, put_data_file
+from tasks.registry import ModelVersion
+from tasks.tracking import TrackedRun
+
+R = TypeVar("R", bound=Record)
+METRICS: tuple[Literal["accuracy", "macro_f1", "loss"], ...] = ("accuracy", "macro_f1", "loss")
+
+
+class Release:
+    """What a release rests on: a run whose rounds are done, its MLflow run, and metrics before training.
+
+    A plain class, since Prefect walks through every dataclass it is handed.
+    """
+
+    def __init__(self, coordinator: Coordinator, tracked: TrackedRun, baseline: Mapping[str, float]):
+        self.coordinator, self.tracked, self.baseline = coordinator, tracked, baseline
+        self.written = TemporaryDirectory(prefix="fedpipe-release-")
+        self.predictions: dict[str, Predictions] = {}
+
+    @property
+    def name(self) -> str:
+        """The registered model's name."""
+        config = self.coordinator.config
+        return config.release.model_name or config.name
+
+    def folder(self, scheme: str) -> Path:
+        """Where an export lies before it goes to the store."""
+        return Path(self.written.name) / scheme
+
+    @functools.cached_property
+    def adapter_sha256(self) -> str:
+        """Hash of the adapter after the last round."""
+        coordinator = self.coordinator
+        return read_global(coordinator.store, coordinator.keys, coordinator.config.rounds + 1)[0].adapter.sha256
+
+    @functools.cached_property
+    def tuned(self) -> TunedModel:
+        """The base and the adapter after the last round."""
+        coordinator = self.coordinator
+        _, adapter = read_global(coordinator.store, coordinator.keys, coordinator.config.rounds + 1)
+        names = label_names(coordinator.config.data.test, coordinator.config.data)
+        return TunedModel(coordinator.base, adapter, coordinator.config.release.dtype, names)
+
+
+@task(task_run_name="export {scheme}", cache_policy=NO_CACHE)
+def export(release: Release, scheme: str) -> ExportRecord:
+    """Write one export, read it back as a user would, judge it on the held-out set and copy it to the store."""
+    coordinator, folder, started = release.coordinator, release.folder(scheme), time.perf_counter()
+    with progress.working("coordinator", f"export {scheme}"):
+        EXPORT_SCHEMES[scheme].write(release.tuned, folder)
+        model = EXPORT_SCHEMES[scheme].load(release.tuned, folder)
+        predictions = predict(model, coordinator.held_out, coordinator.config.evaluation.batch_size)
+        files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        for name, path in files.items():
+            put_data_file(coordinator.store, coordinator.keys.release(f"{scheme}/{name.as_posix()}"), path)
+    release.predictions[scheme] = predictions
+    return ExportRecord(
+        scheme=scheme,
+        path=f"{coordinator.store.root}/{coordinator.keys.release(scheme)}",
+        bytes=sum(path.stat().st_size for path in files.values()),
+        sha256=folder_sha256(folder),
+        metrics=metrics_of(predictions),
+        seconds=time.perf_counter() - started,
+    )
+
+
+@task(task_run_name="register", cache_policy=NO_CACHE)
+def register(release: Release, exports: list[ExportRecord]) -> ModelVersion:
+    """Register the merged model with its card and its answers on the held-out set; log the adapter beside it."""
+    with progress.working("coordinator", "register"):
+        card = _card(release, exports)
+        tracking.save_predictions(release.tracked, release.predictions["merged"])
+        for entry in exports:
+            if entry.scheme != "merged":  # the version itself holds the merged model
+                tracking.log_folder(release.tracked, release.folder(entry.scheme), entry.scheme)
+        return registry.register_model(release.tracked, release.name, release.folder("merged"), _tags(release), card)
+
+
+@task(task_run_name="promote", cache_policy=NO_CACHE)
+def promote(release: Release, version: ModelVersion) -> ModelReport:
+    """Compare the version with the champion, example by example, and move the alias only where the gate says so."""
+    decision = registry.promote(version, functools.partial(_gate, release))
+    tracking.log_json(release.tracked, decision.as_document(), "release/decision.json")
+    return ModelReport(
+        name=version.name,
+        version=version.version,
+        alias=registry.CHAMPION if decision.promoted else registry.CHALLENGER,
+        decision=DecisionReport(promoted=decision.promoted, reasons=list(decision.reasons)),
+    )
+
+
+def _gate(release: Release, challenger: ModelVersion, champion: ModelVersion | None) -> Decision:
+    coordinator = release.coordinator
+    slices, column = None, coordinator.config.release.slice_column
+    if column:
+        _, values = load_examples_and_column(coordinator.config.data.test, coordinator.config.data, column)
+        slices = [str(value) for value in values]
+    return decide(
+        _answers(release, challenger),
+        None if champion is None else _answers(release, champion),
+        coordinator.config.release,
+        slices,
+        coordinator.config.seed,
+    )
+
+
+def _answers(release: Release, version: ModelVersion) -> Predictions:
+    """A version's answers on the held-out set: kept with it, or else made again from its model."""
+    mine = release.predictions["merged"]
+    if version.adapter_sha256 == release.adapter_sha256:
+        return mine
+    kept = tracking.load_predictions(version.uri, version.run_id, mine.evaluation_sha256)
+    return kept or _evaluate_version(release, version)
+
+
+def _evaluate_version(release: Release, version: ModelVersion) -> Predictions:
+    coordinator = release.coordinator
+    with TemporaryDirectory() as folder:
+        files = registry.fetch_model(version, Path(folder))
+        model = EXPORT_SCHEMES["merged"].load(release.tuned, files)
+        return predict(model, coordinator.held_out, coordinator.config.evaluation.batch_size)
+
+
+def _tags(release: Release) -> dict[str, str]:
+    coordinator = release.coordinator
+    return {
+        registry.ADAPTER_TAG: release.adapter_sha256,
+        registry.BASE_TAG: coordinator.base.sha256,
+        "fedpipe.run": coordinator.keys.run,
+        "fedpipe.store": coordinator.store.root,
+        "fedpipe.config_sha256": _required(release, coordinator.keys.federation, FederationRecord).config_sha256,
+    }
+
+
+def _card(release: Release, exports: list[ExportRecord]) -> str:
+    coordinator = release.coordinator
+    keys, config, answers = coordinator.keys, coordinator.config, release.predictions["merged"]
+    rounds = [_required(release, keys.round_record(index + 1), RoundRecord) for index in range(config.rounds)]
+    confidence = config.release.confidence or 0.95
+    return render_card(
+        CardFacts(
+            model_name=release.name,
+            base=config.model.base,
+            base_license=license_of(coordinator.base.folder),
+            federation=_required(release, keys.federation, FederationRecord),
+            profiles=read_profiles(coordinator),
+            plan=_required(release, keys.plan, FederationPlan),
+            rounds=rounds,
+            adapter_sha256=release.adapter_sha256,
+            evaluation_sha256=answers.evaluation_sha256,
+            baseline=release.baseline,
+            metrics={name: metric_interval(answers, name, confidence, config.seed) for name in METRICS},
+            exports=exports,
+        )
+    )
+
+
+def _required(release: Release, key: str, kind: type[R]) -> R:
+    record = get_record(release.coordinator.store, key, kind)
+    if record is None:
+        raise ReleaseError(
+            f"{key} is missing in {release.coordinator.store.root}, so the run is not finished; "
+            "finish it with `fedpipe run CONFIG --resume`, then release it"
+        )
+    return record
