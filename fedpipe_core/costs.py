@@ -117,7 +117,7 @@ class CostModel:
 
     def adapter_activations(self, work: Work) -> float:
         """Per token what all adapters keep; with checkpointing only the widest block's at a time."""
-        blocks = [0.0] * self.shape.num_blocks
+        blocks = [0.0] * self._num_blocks
         for name, rank in work.ranks.items():
             blocks[self.shape.modules[name].layer] += self.adapter_activation_bytes(name, rank)
         return max(blocks) if work.checkpointing else sum(blocks)
@@ -127,7 +127,7 @@ class CostModel:
 
         Without checkpointing every reached block keeps its share; with it each keeps its input, and one is recomputed.
         """
-        cost, blocks, value = self.profile.activation_cost, self.shape.num_blocks, self.profile.value_bytes
+        cost, blocks, value = self.profile.activation_cost, self._num_blocks, self.profile.value_bytes
         reached = blocks - lowest_block
         if checkpointing:
             per_token = value * self.shape.hidden_features * reached + cost.per_token_bytes / blocks
@@ -137,7 +137,7 @@ class CostModel:
 
     def backbone_seconds_per_token(self, bits: int, lowest_block: int, checkpointing: bool) -> float:
         """Forward everywhere; backward, and a second forward when checkpointing, in the reached blocks."""
-        cost, blocks = self.profile.step_cost, self.shape.num_blocks
+        cost, blocks = self.profile.step_cost, self._num_blocks
         reached = (blocks - lowest_block) / blocks
         share = FORWARD_SHARE + reached * (1 - FORWARD_SHARE + FORWARD_SHARE * checkpointing)
         return cost.per_token_seconds * cost.bits_factors.get(bits, 1.0) * share
@@ -171,6 +171,10 @@ class CostModel:
     def download_bytes(self, ranks: Mapping[str, int]) -> int:
         """Bytes of the global adapter and the head."""
         return self.upload_bytes({**ranks, **self.global_ranks})
+
+    @cached_property
+    def _num_blocks(self) -> int:
+        return self.shape.num_blocks
 
     @cached_property
     def _widest_module(self) -> int:

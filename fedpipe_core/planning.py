@@ -7,6 +7,7 @@ how long a round lasts, `planning_greedy` and `planning_solver` find the selecti
 The same profiles and config give the same plan, byte for byte.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,8 @@ from fedpipe_core.planning_checks import check_menu, check_pin, check_profile
 from fedpipe_core.planning_deadline import choose_deadline, shortest_round
 from fedpipe_core.planning_greedy import Frontier, Selection, Sweep, frontier, solve_greedily, sweep_cells
 from fedpipe_core.planning_infeasible import explain_memory, explain_seconds
-from fedpipe_core.planning_problem import EdgeProblem, build_problem
+from fedpipe_core.planning_problem import EdgeProblem, RoundTerms, build_problem
+from fedpipe_core.planning_solver import refine
 from fedpipe_core.planning_utility import edge_utilities
 from fedpipe_core.schemas import EdgePlan, EdgeProfile, FederationPlan, ModelShape
 
@@ -45,8 +47,12 @@ def plan_federation(shape: ModelShape, profiles: Mapping[str, EdgeProfile], conf
     if infeasible:
         raise PlanError("\n".join(infeasible.values()))
     seconds = config.planning.round_seconds or _chosen_deadline(prepared, config)
-    selections = {edge_id: _greedy(edge, seconds, config) for edge_id, edge in prepared.items()}
-    return _federation_plan(prepared, selections, seconds, "greedy", config)
+    terms = RoundTerms(seconds, config.planning.under_training_penalty)
+    selections = {e: solve_greedily(edge.problem, edge.sweeps, edge.front, terms) for e, edge in prepared.items()}
+    solver = "greedy"
+    if config.planning.solver == "milp":
+        selections, solver = _refine_all(prepared, selections, terms, config.planning.solver_seconds)
+    return _federation_plan(prepared, selections, seconds, solver, config)
 
 
 def infeasible_edges(
@@ -110,8 +116,20 @@ def _chosen_deadline(prepared: Mapping[str, PreparedEdge], config: FederationCon
     return choose_deadline(fronts, examples, config.planning.under_training_penalty)
 
 
-def _greedy(edge: PreparedEdge, seconds: float, config: FederationConfig) -> Selection:
-    return solve_greedily(edge.problem, edge.sweeps, edge.front, seconds, config.planning.under_training_penalty)
+def _refine_all(
+    prepared: Mapping[str, PreparedEdge], greedy: Mapping[str, Selection], terms: RoundTerms, limit_seconds: float
+) -> tuple[dict[str, Selection], str]:
+    stop_at = time.monotonic() + limit_seconds
+    refined = {e: refine(edge.problem, edge.sweeps, greedy[e], terms, stop_at) for e, edge in prepared.items()}
+    gap = max(refinement.gap for refinement in refined.values())
+    late = [edge_id for edge_id, refinement in refined.items() if refinement.timed_out]
+    solver = f"milp, every edge within {gap:.2%} of the optimum"
+    if late:
+        solver = (
+            f"greedy on {len(late)} of {len(refined)} edges (from {late[0]} on), where milp ran out of "
+            f"planning.solver_seconds ({limit_seconds:g}); every edge within {gap:.2%} of the optimum"
+        )
+    return {edge_id: refinement.selection for edge_id, refinement in refined.items()}, solver
 
 
 def _federation_plan(

@@ -13,20 +13,29 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fedpipe_core.planning_greedy import Frontier, values_at
+from fedpipe_core.planning_problem import RoundTerms
 from fedpipe_core.planning_utility import FloatArray
 
-CANDIDATES = 160  # deadlines tried on a geometric scale, besides every edge's own full round
+CANDIDATES = 48  # deadlines tried on a geometric scale, then again between the best one's neighbours
 
 
 def choose_deadline(fronts: Mapping[str, Frontier], examples: Mapping[str, int], penalty: float) -> float:
     """The deadline in seconds. Every frontier must hold at least one selection."""
-    total = sum(examples[edge_id] for edge_id in fronts)
-    candidates = _candidates(list(fronts.values()))
-    value = np.zeros(len(candidates))
+    shortest, longest = _range(list(fronts.values()))
+    coarse = np.geomspace(shortest, longest, CANDIDATES)
+    best = int(np.argmax(_value_per_second(coarse, fronts, examples, penalty)))
+    fine = np.geomspace(coarse[max(best - 1, 0)], coarse[min(best + 1, CANDIDATES - 1)], CANDIDATES)
+    return float(fine[np.argmax(_value_per_second(fine, fronts, examples, penalty))])
+
+
+def _value_per_second(
+    deadlines: FloatArray, fronts: Mapping[str, Frontier], examples: Mapping[str, int], penalty: float
+) -> FloatArray:
+    total, value = sum(examples[edge_id] for edge_id in fronts), np.zeros(len(deadlines))
     for edge_id, front in fronts.items():
-        best = np.array([values_at(front, seconds, penalty).max() for seconds in candidates])
-        value += examples[edge_id] / total * best
-    return float(candidates[np.argmax(value / candidates)])
+        best = [values_at(front, RoundTerms(seconds, penalty)).max() for seconds in deadlines]
+        value += examples[edge_id] / total * np.array(best)
+    return value / deadlines
 
 
 def shortest_round(front: Frontier) -> float:
@@ -34,10 +43,8 @@ def shortest_round(front: Frontier) -> float:
     return float((front.fixed_seconds + front.least_steps * front.step_seconds).min())
 
 
-def _candidates(fronts: Sequence[Frontier]) -> FloatArray:
+def _range(fronts: Sequence[Frontier]) -> tuple[float, float]:
     full = [front.fixed_seconds + front.planned_steps * front.step_seconds for front in fronts]
     shortest = max(*(shortest_round(front) for front in fronts), min(float(seconds.min()) for seconds in full))
     most_valuable = [float(s[front.value.argmax()]) for s, front in zip(full, fronts, strict=True)]
-    longest = max(shortest, *most_valuable)
-    grid = np.geomspace(shortest, longest, CANDIDATES)
-    return np.unique(np.concatenate([grid, [s for s in most_valuable if s >= shortest]]))
+    return shortest, max(shortest, *most_valuable)

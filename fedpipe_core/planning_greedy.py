@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpipe_core.planning_problem import BITS_LOSS, Cell, EdgeProblem, IntArray
+from fedpipe_core.planning_problem import BITS_LOSS, Cell, EdgeProblem, IntArray, RoundTerms
 from fedpipe_core.planning_utility import FloatArray
 
 DIRECTIONS = np.linspace(0.0, 1.0, 6)  # share of memory, against seconds, in what an item costs
 MAGNITUDES = 48  # multipliers per direction, spread over the items' efficiencies
 ROUNDING = 1e-9  # relative slack of a budget for sums of floats
-INDIFFERENCE = 1e-3  # values this close count as equal, and the cell's preference decides
+INDIFFERENCE = 1e-3  # of its utility: plans this close to the best count as equal, and the cell's preference decides
 FILLED = 6  # most promising selections that are filled up
 
 
@@ -29,7 +29,8 @@ class Selection:
     block: int
     steps: int
     choice: IntArray
-    value: float
+    utility: float = 0.0
+    value: float = 0.0  # utility − loss of the bits − penalty·u
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ def frontier(problem: EdgeProblem, sweeps: Sequence[Sweep]) -> Frontier:
     return Frontier(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def values_at(front: Frontier, round_seconds: float, penalty: float) -> FloatArray:
+def values_at(front: Frontier, terms: RoundTerms) -> FloatArray:
     """Value of every selection under a deadline, −inf where not even its least steps fit."""
-    steps = steps_within(front, round_seconds)
+    steps = steps_within(front, terms.seconds)
     under_training = np.maximum(0.0, 1.0 - steps * front.share_per_step)
-    return np.where(steps >= front.least_steps, front.value - penalty * under_training, -np.inf)
+    return np.where(steps >= front.least_steps, front.value - terms.penalty * under_training, -np.inf)
 
 
 def steps_within(front: Frontier, round_seconds: float) -> IntArray:
@@ -102,32 +103,30 @@ def steps_within(front: Frontier, round_seconds: float) -> IntArray:
     return np.minimum(np.floor(available), front.planned_steps).astype(np.int64)
 
 
-def solve_greedily(
-    problem: EdgeProblem, sweeps: Sequence[Sweep], front: Frontier, round_seconds: float, penalty: float
-) -> Selection:
+def solve_greedily(problem: EdgeProblem, sweeps: Sequence[Sweep], front: Frontier, terms: RoundTerms) -> Selection:
     """The best selection of the frontier after filling both budgets. The frontier must have one that fits."""
-    values, steps = values_at(front, round_seconds, penalty), steps_within(front, round_seconds)
+    values, steps = values_at(front, terms), steps_within(front, terms.seconds)
     candidates = np.lexsort((front.cell, -values))[:FILLED]
     selections = []
     for i in candidates[np.isfinite(values[candidates])]:
         cell = problem.cells[front.cell[i]]
         choice = _choice_of(problem, cell, sweeps[front.cell[i]], int(front.pair[i]), int(front.block[i]))
-        start = Selection(cell, int(front.block[i]), int(steps[i]), choice, 0.0)
-        selections.append(fill(problem, start, round_seconds, penalty))
+        start = Selection(cell, int(front.block[i]), int(steps[i]), choice)
+        selections.append(fill(problem, start, terms))
     return preferred(selections)
 
 
 def preferred(selections: Iterable[Selection]) -> Selection:
     """The most valuable selection; among those within `INDIFFERENCE` of it, the one its cell prefers."""
     ranked = sorted(selections, key=lambda s: -s.value)
-    equal = [s for s in ranked if s.value >= ranked[0].value - INDIFFERENCE]
+    equal = [s for s in ranked if s.value >= ranked[0].value - INDIFFERENCE * ranked[0].utility]
     return min(equal, key=lambda s: (s.cell.preference, -s.value))
 
 
-def fill(problem: EdgeProblem, selection: Selection, round_seconds: float, penalty: float) -> Selection:
+def fill(problem: EdgeProblem, selection: Selection, terms: RoundTerms) -> Selection:
     """Spend what is left of both budgets: raise ranks by the largest utility that fits, then add steps."""
     cell, choice = selection.cell, selection.choice.copy()
-    memory, seconds = slacks(problem, selection, round_seconds)
+    memory, seconds = slacks(problem, selection, terms.seconds)
     per_round = cell.item_upload_seconds + selection.steps * cell.item_seconds
     reached = np.arange(len(choice)) < problem.modules_reached[selection.block]
     while len(choice):
@@ -141,7 +140,7 @@ def fill(problem: EdgeProblem, selection: Selection, round_seconds: float, penal
             break
         memory, seconds = memory - more_memory[module, column], seconds - more_seconds[module, column]
         choice[module] = column
-    return price(problem, Selection(cell, selection.block, selection.steps, choice, 0.0), round_seconds, penalty)
+    return price(problem, Selection(cell, selection.block, selection.steps, choice), terms)
 
 
 def slacks(problem: EdgeProblem, selection: Selection, round_seconds: float) -> tuple[float, float]:
@@ -153,16 +152,16 @@ def slacks(problem: EdgeProblem, selection: Selection, round_seconds: float) -> 
     return problem.memory_bytes - float(memory), round_seconds - float(fixed + selection.steps * step)
 
 
-def price(problem: EdgeProblem, selection: Selection, round_seconds: float, penalty: float) -> Selection:
-    """The selection with all the steps that fit, and its value: utility − loss of the bits − penalty·u."""
+def price(problem: EdgeProblem, selection: Selection, terms: RoundTerms) -> Selection:
+    """The selection with all the steps that fit, its utility and its value."""
     cell, choice = selection.cell, selection.choice
     step = cell.block_seconds[selection.block] + _current(cell.item_seconds, choice).sum()
-    slack = slacks(problem, selection, round_seconds)[1] + ROUNDING * round_seconds
+    slack = slacks(problem, selection, terms.seconds)[1] + ROUNDING * terms.seconds
     steps = min(cell.planned_steps, selection.steps + max(0, int(slack // step)))
     under_training = max(0.0, 1.0 - steps * cell.batch_size / problem.planned_examples)
     utility = problem.pinned_utility + float(_current(problem.utility, choice).sum())
-    value = utility - BITS_LOSS[cell.base_bits] - penalty * under_training
-    return Selection(cell, selection.block, steps, choice, value)
+    value = utility - BITS_LOSS[cell.base_bits] - terms.penalty * under_training
+    return Selection(cell, selection.block, steps, choice, utility, value)
 
 
 def _current(table: FloatArray, choice: IntArray) -> FloatArray:
@@ -195,15 +194,15 @@ def _sweep(problem: EdgeProblem, cell: Cell) -> Sweep:
 
 
 def _multipliers(utility: FloatArray, memory: FloatArray, seconds: FloatArray) -> FloatArray:
-    """Pairs (μ, λ): per direction, magnitudes spread over the items' efficiencies, and 0."""
+    """Pairs (μ, λ): per direction 0 and magnitudes that span what a further rank gains per unit of cost."""
     pairs = []
     for share in DIRECTIONS:
         memory_weight, seconds_weight = share / max(memory.max(), 1.0), (1 - share) / max(seconds.max(), 1e-12)
         cost = memory_weight * memory + seconds_weight * seconds
-        efficiencies = utility[cost > 0] / cost[cost > 0]
-        spread = np.quantile(efficiencies[efficiencies > 0], np.linspace(0, 1, MAGNITUDES - 1) ** 2)
-        magnitudes = np.concatenate([[0.0], spread])
-        pairs.append(magnitudes[:, None] * [memory_weight, seconds_weight])
+        gained, spent = np.diff(utility, prepend=0.0), np.diff(cost, prepend=0.0)
+        efficiencies = (gained / np.maximum(spent, 1e-12))[gained > 0]
+        magnitudes = np.geomspace(efficiencies.min(), efficiencies.max(), MAGNITUDES - 1)
+        pairs.append(np.concatenate([[0.0], magnitudes])[:, None] * [memory_weight, seconds_weight])
     return np.concatenate(pairs)
 
 

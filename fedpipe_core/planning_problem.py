@@ -47,6 +47,14 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class RoundTerms:
+    """What a round allows an edge, and what examples it leaves over cost."""
+
+    seconds: float
+    penalty: float
+
+
+@dataclass(frozen=True)
 class EdgeProblem:
     """What one edge may choose from. Modules are sorted by block, last block first; `blocks` are the lowest blocks."""
 
@@ -95,7 +103,7 @@ def build_problem(
     layers = [costs.shape.modules[name].layer for name in modules or pinned]
     blocks = (min(layers),) if pinned else tuple(sorted(set(layers)))
     planned = config.training.examples_per_round or costs.profile.num_examples
-    items = _price_items(costs, modules, ranks, pinned)
+    items = _price_items(costs, modules, ranks, pinned, blocks)
     return EdgeProblem(
         costs=costs,
         planned_examples=planned,
@@ -142,12 +150,18 @@ class _Items:
     seconds_per_token: FloatArray
     upload_seconds: FloatArray
     standing_bytes: float
+    standing_seconds_per_token: dict[bool, FloatArray]  # by checkpointing, per lowest block
     fullest_block_bytes_per_token: float  # every module of one block at its largest rank
 
 
-def _price_items(costs: CostModel, modules: Sequence[str], ranks: Sequence[int], pinned: Mapping[str, int]) -> _Items:
+def _price_items(
+    costs: CostModel, modules: Sequence[str], ranks: Sequence[int], pinned: Mapping[str, int], blocks: Sequence[int]
+) -> _Items:
     def table(price: Callable[[str, int], float]) -> FloatArray:
         return np.array([[price(name, rank) for rank in ranks] for name in modules]).reshape(len(modules), len(ranks))
+
+    def standing_seconds(block: int, checkpointing: bool) -> float:
+        return sum(seconds(name, pinned.get(name, 0), block, checkpointing) for name in costs.shape.modules)
 
     largest = Work({name: max(ranks) for name in modules}, 1, 1, 32, checkpointing=True)
     seconds = costs.adapter_seconds_per_token
@@ -158,6 +172,7 @@ def _price_items(costs: CostModel, modules: Sequence[str], ranks: Sequence[int],
         seconds_per_token=table(lambda m, r: seconds(m, r, 0, False) - seconds(m, 0, 0, False)),
         upload_seconds=table(costs.module_upload_bytes) / costs.profile.bandwidth_bytes_per_second,
         standing_bytes=sum(costs.adapter_bytes(name, pinned.get(name, 0)) for name in costs.shape.modules),
+        standing_seconds_per_token={k: np.array([standing_seconds(b, k) for b in blocks]) for k in (False, True)},
         fullest_block_bytes_per_token=costs.adapter_activations(largest),
     )
 
@@ -166,6 +181,7 @@ def _price_cell(items: _Items, blocks: Sequence[int], work: Work, planned_exampl
     costs, examples = items.costs, items.costs.batch_examples(work.batch_size)
     tokens, longest = examples * costs.profile.tokens_per_example, costs.longest_tokens(work.batch_size)
     planned = pin.local_steps or math.ceil(planned_examples / work.batch_size)
+    backbone = [costs.backbone_seconds_per_token(work.base_bits, block, work.checkpointing) for block in blocks]
     kept = items.fullest_block_bytes_per_token if work.checkpointing else 0.0
     adapters = costs.adapter_activations(work) if work.ranks else kept
     transferred = costs.download_bytes({}) + costs.upload_bytes(work.ranks)
@@ -185,7 +201,8 @@ def _price_cell(items: _Items, blocks: Sequence[int], work: Work, planned_exampl
                 for block in blocks
             ]
         ),
-        block_seconds=np.array([costs.step_seconds(work, block) for block in blocks]),
+        block_seconds=costs.profile.step_cost.fixed_seconds
+        + tokens * (items.standing_seconds_per_token[work.checkpointing] + np.array(backbone)),
         item_memory=items.parameter_bytes + (0 if work.checkpointing else longest) * items.activation_bytes_per_token,
         item_seconds=tokens * items.seconds_per_token,
         item_upload_seconds=items.upload_seconds,
