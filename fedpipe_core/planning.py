@@ -17,9 +17,9 @@ from fedpipe_core.errors import PlanError
 from fedpipe_core.planning_binding import binding_limit
 from fedpipe_core.planning_checks import check_menu, check_pin, check_profile
 from fedpipe_core.planning_deadline import choose_deadline, shortest_round
-from fedpipe_core.planning_greedy import Frontier, Selection, Sweep, frontier, solve_greedily, sweep_cells
+from fedpipe_core.planning_greedy import Duals, Frontier, Selection, frontier, solve_greedily, sweep_cells
 from fedpipe_core.planning_infeasible import explain_memory, explain_seconds
-from fedpipe_core.planning_problem import EdgeProblem, RoundTerms, build_problem
+from fedpipe_core.planning_problem import EdgeProblem, RoundTerms, adaptable_modules, build_problem
 from fedpipe_core.planning_solver import refine
 from fedpipe_core.planning_utility import edge_utilities
 from fedpipe_core.schemas import EdgePlan, EdgeProfile, FederationPlan, ModelShape
@@ -32,7 +32,7 @@ class PreparedEdge:
     """An edge's problem with what does not depend on the deadline."""
 
     problem: EdgeProblem
-    sweeps: list[Sweep]
+    duals: list[Duals]
     front: Frontier
 
 
@@ -48,7 +48,7 @@ def plan_federation(shape: ModelShape, profiles: Mapping[str, EdgeProfile], conf
         raise PlanError("\n".join(infeasible.values()))
     seconds = config.planning.round_seconds or _chosen_deadline(prepared, config)
     terms = RoundTerms(seconds, config.planning.under_training_penalty)
-    selections = {e: solve_greedily(edge.problem, edge.sweeps, edge.front, terms) for e, edge in prepared.items()}
+    selections = {e: solve_greedily(edge.problem, edge.duals, edge.front, terms) for e, edge in prepared.items()}
     solver = "greedy"
     if config.planning.solver == "milp":
         selections, solver = _refine_all(prepared, selections, terms, config.planning.solver_seconds)
@@ -73,15 +73,16 @@ def _prepare(
     for edge_id, profile in profiles.items():
         check_profile(profile, shape)
         check_pin(edge_id, pins.get(edge_id, PlanPin()), shape, config)
-    utilities = edge_utilities(profiles, list(shape.modules), ranks)
+    modules = adaptable_modules(shape, ranks)
+    utilities = edge_utilities(profiles, modules, ranks)
     global_ranks = _largest_global_ranks(shape, profiles, pins, config)
     prepared = {}
     for edge_id in sorted(profiles):
         costs = CostModel(shape, profiles[edge_id], global_ranks, config.exchange.dtype)
-        utility = dict(zip(shape.modules, utilities[edge_id], strict=True))
+        utility = dict(zip(modules, utilities[edge_id], strict=True))
         problem = build_problem(costs, config, pins.get(edge_id, PlanPin()), utility, ranks)
         sweeps = sweep_cells(problem)
-        prepared[edge_id] = PreparedEdge(problem, sweeps, frontier(problem, sweeps))
+        prepared[edge_id] = PreparedEdge(problem, [swept.duals for swept in sweeps], frontier(problem, sweeps))
     return prepared
 
 
@@ -120,7 +121,7 @@ def _refine_all(
     prepared: Mapping[str, PreparedEdge], greedy: Mapping[str, Selection], terms: RoundTerms, limit_seconds: float
 ) -> tuple[dict[str, Selection], str]:
     stop_at = time.monotonic() + limit_seconds
-    refined = {e: refine(edge.problem, edge.sweeps, greedy[e], terms, stop_at) for e, edge in prepared.items()}
+    refined = {e: refine(edge.problem, edge.duals, greedy[e], terms, stop_at) for e, edge in prepared.items()}
     gap = max(refinement.gap for refinement in refined.values())
     late = [edge_id for edge_id, refinement in refined.items() if refinement.timed_out]
     solver = f"milp, every edge within {gap:.2%} of the optimum"

@@ -18,7 +18,7 @@ DIRECTIONS = np.linspace(0.0, 1.0, 6)  # share of memory, against seconds, in wh
 MAGNITUDES = 48  # multipliers per direction, spread over the items' efficiencies
 ROUNDING = 1e-9  # relative slack of a budget for sums of floats
 INDIFFERENCE = 1e-3  # of its utility: plans this close to the best count as equal, and the cell's preference decides
-FILLED = 6  # most promising selections that are filled up
+FILLED = 8  # most promising cells whose best selection is filled up
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,18 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Duals:
+    """The multipliers of a sweep, (pairs, 2), and Σ max(0, utility − μ·bytes − λ·seconds), (pairs, blocks)."""
+
+    multipliers: FloatArray
+    reduced_utility: FloatArray
+
+
+@dataclass(frozen=True)
 class Sweep:
     """The answers to every pair of multipliers, shared by the cells that differ in bits only; (pairs, blocks)."""
 
-    multipliers: FloatArray  # (pairs, 2)
-    dual: FloatArray  # Σ max(0, utility − μ·bytes − λ·seconds)
+    duals: Duals
     utility: FloatArray
     memory: FloatArray
     seconds: FloatArray
@@ -103,17 +110,24 @@ def steps_within(front: Frontier, round_seconds: float) -> IntArray:
     return np.minimum(np.floor(available), front.planned_steps).astype(np.int64)
 
 
-def solve_greedily(problem: EdgeProblem, sweeps: Sequence[Sweep], front: Frontier, terms: RoundTerms) -> Selection:
+def solve_greedily(problem: EdgeProblem, duals: Sequence[Duals], front: Frontier, terms: RoundTerms) -> Selection:
     """The best selection of the frontier after filling both budgets. The frontier must have one that fits."""
     values, steps = values_at(front, terms), steps_within(front, terms.seconds)
-    candidates = np.lexsort((front.cell, -values))[:FILLED]
     selections = []
-    for i in candidates[np.isfinite(values[candidates])]:
+    for i in _most_promising(front, values):
         cell = problem.cells[front.cell[i]]
-        choice = _choice_of(problem, cell, sweeps[front.cell[i]], int(front.pair[i]), int(front.block[i]))
+        choice = _choice_of(problem, cell, duals[front.cell[i]], int(front.pair[i]), int(front.block[i]))
         start = Selection(cell, int(front.block[i]), int(steps[i]), choice)
         selections.append(fill(problem, start, terms))
     return preferred(selections)
+
+
+def _most_promising(front: Frontier, values: FloatArray) -> IntArray:
+    """The best selection of each of the best few cells: plans of equal value differ in their cells."""
+    ranked = np.lexsort((front.cell, -values))
+    first_of_cell = np.sort(np.unique(front.cell[ranked], return_index=True)[1])[:FILLED]
+    best = ranked[first_of_cell]
+    return best[np.isfinite(values[best])]
 
 
 def preferred(selections: Iterable[Selection]) -> Selection:
@@ -169,20 +183,20 @@ def _current(table: FloatArray, choice: IntArray) -> FloatArray:
     return np.where(choice >= 0, table[np.arange(len(choice)), choice], 0.0)
 
 
-def _choice_of(problem: EdgeProblem, cell: Cell, swept: Sweep, pair: int, block: int) -> IntArray:
+def _choice_of(problem: EdgeProblem, cell: Cell, duals: Duals, pair: int, block: int) -> IntArray:
     modules = np.arange(len(problem.modules))
     if pair < 0:
         return np.where(modules == -1 - pair, 0, -1)
     if not len(modules):
         return modules
-    columns = best_columns(problem, cell, swept.multipliers[pair, None])[0][0]
+    columns = best_columns(problem, cell, duals.multipliers[pair, None])[0][0]
     return np.where(modules < problem.modules_reached[block], columns, -1)
 
 
 def _sweep(problem: EdgeProblem, cell: Cell) -> Sweep:
     if not problem.modules:
         zero = np.zeros((1, 1))
-        return Sweep(np.zeros((1, 2)), zero, zero, zero, zero, zero)
+        return Sweep(Duals(np.zeros((1, 2)), zero), zero, zero, zero, zero)
     pairs = _multipliers(problem.utility, cell.item_memory, step_seconds(cell))
     chosen = [best_columns(problem, cell, part) for part in np.split(pairs, len(DIRECTIONS))]  # parts stay in cache
     columns, dual = (np.concatenate(arrays) for arrays in zip(*chosen, strict=True))
@@ -190,7 +204,8 @@ def _sweep(problem: EdgeProblem, cell: Cell) -> Sweep:
     rows = np.arange(len(problem.modules))
     taken = [np.where(columns >= 0, table[rows, columns], 0.0) for table in tables]
     reached = np.asarray(problem.modules_reached) - 1
-    return Sweep(pairs, *(np.cumsum(values, axis=1)[:, reached] for values in (dual, *taken)))
+    reduced, *totals = (np.cumsum(values, axis=1)[:, reached] for values in (dual, *taken))
+    return Sweep(Duals(pairs, reduced), *totals)
 
 
 def _multipliers(utility: FloatArray, memory: FloatArray, seconds: FloatArray) -> FloatArray:

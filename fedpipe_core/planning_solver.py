@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpipe_core.planning_greedy import Selection, Sweep, preferred, price, step_seconds
+from fedpipe_core.planning_greedy import Duals, Selection, preferred, price, step_seconds
 from fedpipe_core.planning_problem import BITS_LOSS, Cell, EdgeProblem, IntArray, RoundTerms
 from fedpipe_core.planning_utility import FloatArray
 
@@ -43,14 +43,14 @@ class Refinement:
 
 
 def refine(
-    problem: EdgeProblem, sweeps: Sequence[Sweep], greedy: Selection, terms: RoundTerms, stop_at: float
+    problem: EdgeProblem, duals: Sequence[Duals], greedy: Selection, terms: RoundTerms, stop_at: float
 ) -> Refinement:
     """Improve a greedy plan until nothing can gain more than the tolerance or `SOLVED` sub-problems are solved.
 
     When `time.monotonic()` passes `stop_at` the greedy plan is kept whatever was found: it is the same on any machine,
     what a solver holds when it is stopped is not.
     """
-    candidates = bound_sub_problems(problem, sweeps, terms, greedy.value)
+    candidates = bound_sub_problems(problem, duals, terms, greedy.value)
     found, proven = [greedy], [greedy.value]
     for sub_problem, bound in candidates[:SOLVED]:
         best = max(found, key=lambda selection: selection.value)
@@ -70,7 +70,7 @@ def refine(
 
 
 def bound_sub_problems(
-    problem: EdgeProblem, sweeps: Sequence[Sweep], terms: RoundTerms, least_value: float = -np.inf
+    problem: EdgeProblem, duals: Sequence[Duals], terms: RoundTerms, least_value: float = -np.inf
 ) -> list[tuple[SubProblem, float]]:
     """The most promising sub-problems with an upper bound on the value of each, highest bound first.
 
@@ -80,10 +80,10 @@ def bound_sub_problems(
     The list holds one more than can be solved, whose bound then covers all that are not in it.
     """
     ranked = []
-    for cell, swept in zip(problem.cells, sweeps, strict=True):
+    for cell, cell_duals in zip(problem.cells, duals, strict=True):
         if _optimistic(problem, cell, terms) <= least_value:
             continue
-        table = _bounds(problem, cell, swept, terms)
+        table = _bounds(problem, cell, cell_duals, terms)
         for flat in np.argsort(-table, axis=None, kind="stable")[: SOLVED + 1]:
             block, steps = np.unravel_index(flat, table.shape)
             sub_problem = SubProblem(cell, int(block), int(steps) + cell.least_steps)
@@ -161,14 +161,14 @@ def _optimistic(problem: EdgeProblem, cell: Cell, terms: RoundTerms) -> float:
     return float(largest + _constant(problem, cell, np.array(steps), terms))
 
 
-def _bounds(problem: EdgeProblem, cell: Cell, swept: Sweep, terms: RoundTerms) -> FloatArray:
+def _bounds(problem: EdgeProblem, cell: Cell, duals: Duals, terms: RoundTerms) -> FloatArray:
     """Upper bounds of shape (blocks, steps from `least_steps` on); −inf where the budgets hold nothing."""
     memory = problem.memory_bytes - cell.block_memory
     steps = np.arange(cell.least_steps, cell.planned_steps + 1, dtype=np.float64)
     seconds = (terms.seconds - cell.idle_seconds) / steps - cell.block_seconds[:, None]
     seconds /= _upload_factor(cell, steps)
-    at_no_seconds = swept.dual + swept.multipliers[:, :1] * memory
-    slopes = swept.multipliers[:, 1:]
+    at_no_seconds = duals.reduced_utility + duals.multipliers[:, :1] * memory
+    slopes = duals.multipliers[:, 1:]
     bound = np.full(seconds.shape, np.inf)
     for left in step_seconds(cell).max(axis=1, initial=0.0).sum() * PROBES:
         tightest = (at_no_seconds + slopes * left).argmin(axis=0)
