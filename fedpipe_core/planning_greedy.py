@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpipe_core.planning_problem import BITS_LOSS, Cell, EdgeProblem, IntArray, RoundTerms
+from fedpipe_core.planning_problem import Cell, EdgeProblem, IntArray, RoundTerms
 from fedpipe_core.planning_utility import FloatArray
 
 DIRECTIONS = np.linspace(0.0, 1.0, 6)  # share of memory, against seconds, in what an item costs
@@ -30,7 +30,7 @@ class Selection:
     steps: int
     choice: IntArray
     utility: float = 0.0
-    value: float = 0.0  # utility − loss of the bits − penalty·u
+    value: float = 0.0  # utility − the cell's loss − penalty·u
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def price(problem: EdgeProblem, selection: Selection, terms: RoundTerms) -> Sele
     steps = min(cell.planned_steps, selection.steps + max(0, int(slack // step)))
     under_training = max(0.0, 1.0 - steps * cell.batch_size / problem.planned_examples)
     utility = problem.pinned_utility + float(_current(problem.utility, choice).sum())
-    value = utility - BITS_LOSS[cell.base_bits] - terms.penalty * under_training
+    value = utility - cell.loss - terms.penalty * under_training
     return Selection(cell, selection.block, steps, choice, utility, value)
 
 
@@ -227,7 +227,7 @@ def _cell_frontier(problem: EdgeProblem, index: int, swept: Sweep) -> tuple[NDAr
     pair, block, utility, memory, step, upload = (np.concatenate(column) for column in zip(*parts, strict=True))
     step, fixed = step + cell.block_seconds[block], upload + cell.idle_seconds
     fitting = np.flatnonzero(cell.block_memory[block] + memory <= problem.memory_bytes)
-    value = utility + problem.pinned_utility - BITS_LOSS[cell.base_bits]
+    value = utility + problem.pinned_utility - cell.loss
     kept = fitting[_undominated((step + fixed / cell.planned_steps)[fitting], value[fitting])]
     rows = np.ones(len(kept), dtype=np.int64)
     return (

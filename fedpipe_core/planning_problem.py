@@ -22,6 +22,9 @@ from fedpipe_core.schemas import ModelShape
 IntArray = NDArray[np.int64]
 # Utility given up for a coarser base, as a share of the whole menu's: its rounding error is never trained away.
 BITS_LOSS = {32: 0.0, 16: 0.002, 8: 0.01, 4: 0.05}
+# A batch of b examples moves the model like b·noise/(b + noise) examples taken singly (gradient noise scale, arXiv
+# 1812.06162, eq. 2.6), so the same data in larger batches is worth less. The value is usual for fine-tuning.
+NOISE_SCALE_EXAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Cell:
     checkpointing: bool
     planned_steps: int
     least_steps: int
+    loss: float  # of value, for a coarser base and a larger batch than the menu's best
     idle_seconds: float
     block_memory: FloatArray
     block_seconds: FloatArray
@@ -103,7 +107,7 @@ def build_problem(
     layers = [costs.shape.modules[name].layer for name in modules or pinned]
     blocks = (min(layers),) if pinned else tuple(sorted(set(layers)))
     planned = config.training.examples_per_round or costs.profile.num_examples
-    items = _price_items(costs, modules, ranks, pinned, blocks)
+    items, menu = _price_items(costs, modules, ranks, pinned, blocks), _menu(costs, config, pin)
     return EdgeProblem(
         costs=costs,
         planned_examples=planned,
@@ -114,7 +118,7 @@ def build_problem(
         modules_reached=tuple(0 if pinned else sum(layer >= block for layer in layers) for block in blocks),
         utility=_utility_table(costs.shape, modules, ranks, utility),
         pinned_utility=sum(_utility_at(utility[name], ranks, r) for name, r in pinned.items() if name in utility),
-        cells=tuple(_price_cell(items, blocks, work, planned, pin) for work in _menu(costs, config, pin)),
+        cells=tuple(_price_cell(items, blocks, work, planned, pin, _loss(work, menu)) for work in menu),
     )
 
 
@@ -138,6 +142,12 @@ def _menu(costs: CostModel, config: FederationConfig, pin: PlanPin) -> list[Work
     can_checkpoint = planning.checkpointing == "auto" and costs.shape.hidden_features > 0
     menu = product(sorted(sizes), sorted(bits, reverse=True), (False, True) if can_checkpoint else (False,))
     return [Work(pin.ranks or {}, size, 1, width, checkpointing) for size, width, checkpointing in menu]
+
+
+def _loss(work: Work, menu: Sequence[Work]) -> float:
+    smallest = min(other.batch_size for other in menu)
+    worth = (NOISE_SCALE_EXAMPLES + smallest) / (NOISE_SCALE_EXAMPLES + work.batch_size)
+    return BITS_LOSS[work.base_bits] + 1.0 - worth
 
 
 @dataclass(frozen=True)
@@ -177,7 +187,9 @@ def _price_items(
     )
 
 
-def _price_cell(items: _Items, blocks: Sequence[int], work: Work, planned_examples: int, pin: PlanPin) -> Cell:
+def _price_cell(
+    items: _Items, blocks: Sequence[int], work: Work, planned_examples: int, pin: PlanPin, loss: float
+) -> Cell:
     costs, examples = items.costs, items.costs.batch_examples(work.batch_size)
     tokens, longest = examples * costs.profile.tokens_per_example, costs.longest_tokens(work.batch_size)
     planned = pin.local_steps or math.ceil(planned_examples / work.batch_size)
@@ -191,6 +203,7 @@ def _price_cell(items: _Items, blocks: Sequence[int], work: Work, planned_exampl
         checkpointing=work.checkpointing,
         planned_steps=planned,
         least_steps=pin.local_steps or 1,
+        loss=loss,
         idle_seconds=costs.idle_seconds(work.base_bits, transferred),
         block_memory=np.array(
             [

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedpipe_core.planning_greedy import Duals, Selection, preferred, price, step_seconds
-from fedpipe_core.planning_problem import BITS_LOSS, Cell, EdgeProblem, IntArray, RoundTerms
+from fedpipe_core.planning_problem import Cell, EdgeProblem, IntArray, RoundTerms
 from fedpipe_core.planning_utility import FloatArray
 
 TOLERANCE = 0.002  # of a plan's utility; a sub-problem that can gain less is not solved
@@ -188,7 +188,7 @@ def _upload_factor(cell: Cell, steps: FloatArray) -> FloatArray:
 def _constant(problem: EdgeProblem, cell: Cell, steps: FloatArray, terms: RoundTerms) -> FloatArray:
     """What value has besides the utility of the free modules."""
     under_training = np.maximum(0.0, 1.0 - steps * cell.batch_size / problem.planned_examples)
-    return np.asarray(problem.pinned_utility - BITS_LOSS[cell.base_bits] - terms.penalty * under_training)
+    return np.asarray(problem.pinned_utility - cell.loss - terms.penalty * under_training)
 
 
 def _gap(bound: float, selection: Selection) -> float:
