@@ -40,12 +40,20 @@ class EdgeModel:
 
 
 def build_edge_model(
-    base: nn.Module, ranks: Mapping[str, int], rank_cap: int, scaling: float, checkpointing: bool = False
+    base: nn.Module,
+    ranks: Mapping[str, int],
+    rank_cap: int,
+    scaling: float,
+    checkpointing: bool = False,
+    modules: Iterable[str] | None = None,
 ) -> EdgeModel:
-    """Put adapters of the planned ranks on a shared copy of the base, with room for a frozen tail up to `rank_cap`."""
+    """Put adapters of the planned ranks on a shared copy of the base, with room for a frozen tail up to `rank_cap`.
+
+    `modules` are those the global adapter has; all that can carry an adapter when left out.
+    """
     from peft import LoraModel
 
-    names = list(adaptable_modules(base))
+    names = list(adaptable_modules(base) if modules is None else modules)
     model = share(base)
     own_head(model)
     tail_ranks = {name: rank_cap - ranks.get(name, 0) for name in names if rank_cap > ranks.get(name, 0)}
@@ -54,9 +62,7 @@ def build_edge_model(
         tuner.peft_config[TAIL] = _lora_config(tail_ranks, 1.0)
         tuner.inject_adapter(model, TAIL)
     if checkpointing:
-        # Blocks only checkpoint in training mode; dropout was set to zero when the base was loaded.
-        model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        _checkpoint_blocks(model)
     edge = EdgeModel(model, tuner, dict(ranks), tail_ranks, scaling)
     _activate(edge, tail=False)
     return edge
@@ -99,6 +105,17 @@ def load_global_adapter(edge: EdgeModel, adapter: Adapter) -> None:
             parameter.copy_(adapter.head[name])
 
 
+def _checkpoint_blocks(model: Any) -> None:
+    """Recompute blocks in the backward pass.
+
+    They do so in training mode only, which their parts must not follow: some would draw random numbers.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
 def _lora_config(ranks: Mapping[str, int], scaling: float) -> Any:
     from peft import LoraConfig
 
@@ -120,11 +137,11 @@ def own_head(model: nn.Module) -> None:
         module = model.get_submodule(name)
         for key, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, key, nn.Parameter(parameter.detach().to(torch.float32, copy=True)))
-        module.register_forward_pre_hook(_cast_to_weight)
+        module.register_forward_pre_hook(_cast_to_float)
 
 
-def _cast_to_weight(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(value.to(module.get_parameter("weight").dtype) for value in inputs)
+def _cast_to_float(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(value.float() for value in inputs)
 
 
 def _activate(edge: EdgeModel, tail: bool) -> None:

@@ -7,6 +7,7 @@ Where it lies is `base_folder`'s business, what it is made of `architecture`'s, 
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -227,15 +228,21 @@ def _prepare_quantized(model: nn.Module) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Else one forward pass without gradients repacks the weights in place, and later gradients are wrong.
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        if hasattr(module, "init_8bit_state") and getattr(module.weight, "CB", None) is not None:
-            module.init_8bit_state()  # type: ignore[operator]  # moves the int8 weights where `share` finds them
+        if hasattr(module, "init_8bit_state"):
+            if getattr(module.weight, "CB", None) is not None:
+                module.init_8bit_state()  # type: ignore[operator]  # moves the int8 weights where `share` finds them
+            # On a CPU bitsandbytes quantizes activations too unless it trains, which takes twice the time and is less
+            # exact; in training mode always, edges also evaluate the function they train.
+            module.training = device_of(model).type == "cpu"
 
 
 def quiet_transformers() -> None:
-    """Keep load reports and progress bars off the user's terminal."""
+    """Keep progress bars, load reports, and warnings that ask for nothing off the user's terminal."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but the target module is `Conv1D`")
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")  # its successor is newer

@@ -36,21 +36,21 @@ def rate_factor(spec: TrainingSpec, round_index: int, rounds: int) -> float:
 def train(edge: EdgeModel, batches: Iterator[Mapping[str, Tensor]], spec: TrainingSpec, rate: float) -> TrainingReport:
     """Train adapters and head with AdamW at `rate` times the configured rates, with linear warm-up and clipping.
 
-    Raises UpdateRefusedError when the loss is no longer a finite number; the update of that edge must not count.
+    Raises UpdateRefusedError when loss or gradient is no longer a finite number; that edge's update must not count.
     """
     optimizer = _optimizer(edge, spec, rate)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (spec.warmup_steps + 1)))
     parameters = [*edge.adapter_parameters(), *edge.head_parameters()]
     losses: list[float] = []
     started, examples = time.perf_counter(), 0
-    for batch in batches:
+    for step, batch in enumerate(batches, start=1):
         loss = classification_loss(edge.model, move_batch(batch, edge.model))
+        losses.append(_finite("loss", loss, step))
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, spec.max_gradient_norm)
+        _finite("gradient norm", nn.utils.clip_grad_norm_(parameters, spec.max_gradient_norm), step)
         optimizer.step()
         warmup.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(_finite(loss.item(), step=len(losses) + 1))
         examples += len(batch["labels"])
     return TrainingReport(len(losses), examples, sum(losses) / len(losses), time.perf_counter() - started)
 
@@ -71,9 +71,10 @@ def _optimizer(edge: EdgeModel, spec: TrainingSpec, rate: float) -> torch.optim.
     return torch.optim.AdamW(groups, weight_decay=spec.weight_decay)
 
 
-def _finite(loss: float, step: int) -> float:
-    if not math.isfinite(loss):
+def _finite(name: str, value: Tensor, step: int) -> float:
+    number = value.item()
+    if not math.isfinite(number):
         raise UpdateRefusedError(
-            f"loss became {loss} at step {step}; check this edge's data, or lower training.learning_rate"
+            f"{name} became {number} at step {step}; check this edge's data, or lower training.learning_rate"
         )
-    return loss
+    return number

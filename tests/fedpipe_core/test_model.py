@@ -45,7 +45,7 @@ def storages(model: nn.Module) -> Counter:
 def test_a_base_loads_frozen_at_every_bit_width(tiny_base, architecture, bits):
     base = tiny_base(architecture, bits)
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
-    assert not any(module.training for module in base.model.modules())
+    assert not any(module.training for module in base.model.modules() if not hasattr(module, "init_8bit_state"))
     assert torch.isfinite(logits(base.model)).all()
     assert (base.bits, base.folder.name.startswith(architecture)) == (bits, True)
 
@@ -65,7 +65,7 @@ def test_quantization_packs_every_matrix_of_the_blocks_and_nothing_else(tiny_bas
 def test_fewer_bits_answer_less_alike(tiny_base, architecture):
     exact = logits(tiny_base(architecture).model)
     errors = [float((logits(tiny_base(architecture, bits).model) - exact).norm() / exact.norm()) for bits in (16, 8, 4)]
-    assert max(errors[:2]) < 0.05 < errors[2] < 0.7
+    assert max(errors[:2]) < 0.03 < errors[2] < 0.7
 
 
 @pytest.mark.parametrize("bits", [32, 8, 4])
