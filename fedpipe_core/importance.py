@@ -4,6 +4,7 @@ Every method returns scores that sum to 1 over an edge, since losses and bit wid
 several edges are combined, and what they buy, is `planning`'s to decide.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from fedpipe_core.config import PlanningSpec
 from fedpipe_core.edge_model import move_batch, own_head
+from fedpipe_core.errors import RunError
 from fedpipe_core.model import adaptable_modules, head_parameters, linear_size, share
 from fedpipe_core.seeding import derive_seed, random_generator
 from fedpipe_core.training import classification_loss
@@ -28,7 +30,9 @@ PROBE_HEAD_RATE = 1e-2
 def score_modules(base: nn.Module, batches: Batches, spec: PlanningSpec, seed: int) -> Scores:
     """Score every adaptable module by the configured method, on batches of the edge's own data.
 
-    Returns, per module, `probe_rank` scores in falling order; all of them sum to 1.
+    Returns, per module, `probe_rank` scores in falling order; all of them sum to 1, and are equal when none is above 0.
+
+    Raises RunError when a score is no finite number.
     """
     scores = IMPORTANCE_METHODS[spec.importance](base, batches, spec.probe_rank, seed)
     return _normalised(scores)
@@ -169,7 +173,9 @@ class _GradientSketch:
 
     def squared_singular_values(self, rank: int) -> list[float]:
         basis, _ = torch.linalg.qr(self.right)
-        core = torch.linalg.lstsq(self.psi @ basis, self.left).solution
+        columns, triangle = torch.linalg.qr(self.psi @ basis)
+        # (ΨQ)⁺ Z by its QR: `lstsq` answers the same question with other last bits every time.
+        core = torch.linalg.solve_triangular(triangle, columns.T @ self.left, upper=True)
         values = torch.linalg.svdvals(core)[:rank] ** 2
         return [float(value) for value in values]
 
@@ -205,8 +211,12 @@ def _require_grad(model: nn.Module, parameters: list[nn.Parameter]) -> None:
 
 
 def _normalised(scores: Scores) -> Scores:
-    """Falling scores that sum to 1; all equal when no module showed any importance."""
     total = sum(sum(values) for values in scores.values())
+    if not math.isfinite(total):
+        raise RunError(
+            f"importance scores sum to {total}, so training on this edge's data diverged; "
+            "check the data, or set planning.importance to uniform"
+        )
     if total <= 0:
         count = sum(len(values) for values in scores.values())
         return {name: [1.0 / count] * len(values) for name, values in scores.items()}
