@@ -15,14 +15,11 @@ from fedpipe_core.schemas import EdgeProfile, ModelShape, PredictedCost
 
 TRAINED_BYTES = 16  # fp32 weight, gradient and AdamW's two moments
 FROZEN_BYTES = 4  # fp32 weight of the frozen tail
-BASE_BYTES = {
-    32: 4.0,
-    16: 2.0,
-    8: 1.0,
-    4: 0.5 + 0.127 / 8,
-}  # 4: NF4 with double-quantized absmax (arXiv 2305.14314, §3)
-TENSOR_HEADER_BYTES = 120  # safetensors' entry for one tensor, without its name
-WIRE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4 / 64, "nf4": 0.5 + 4 / 64}  # blockwise: one fp32 per 64 values
+NF4_BYTES = 0.5 + 0.127 / 8  # with double-quantized scales (arXiv 2305.14314, §3)
+BASE_BYTES = {32: 4.0, 16: 2.0, 8: 1.0, 4: NF4_BYTES}
+WIRE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 2 / 64, "nf4": 0.5 + 2 / 64}  # blockwise: a scale per 64 values
+HEADER_BYTES = {"fp32": 240, "bf16": 240, "int8": 60, "nf4": 60}  # per module in the file's header, without its names
+HEADER_NAMES = {"fp32": 2, "bf16": 2, "int8": 1, "nf4": 1}  # how often a module's name stands there
 FORWARD_SHARE = 1 / 2  # of a frozen weight's work in a step
 TAIL_SHARE = 2 / 3  # of a trained adapter's work in a step: no gradient of its own
 
@@ -165,7 +162,7 @@ class CostModel:
 
     def module_upload_bytes(self, module: str, rank: int) -> float:
         """Bytes of one module's B and A."""
-        header = 2 * (TENSOR_HEADER_BYTES + len(module))
+        header = HEADER_BYTES[self.wire_dtype] + HEADER_NAMES[self.wire_dtype] * len(module)
         return rank * self._features(module) * WIRE_BYTES[self.wire_dtype] + header
 
     def download_bytes(self, ranks: Mapping[str, int]) -> int:

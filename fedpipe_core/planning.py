@@ -153,8 +153,10 @@ def _federation_plan(
 def _reached_global_ranks(
     shape: ModelShape, ranks: Mapping[str, Mapping[str, int]], config: FederationConfig
 ) -> dict[str, int]:
+    """Rank of each adapted module at the end: it starts at the largest planned, and each round can add every edge's."""
+    start = max(rank for edge in ranks.values() for rank in edge.values())
     summed = {name: sum(edge.get(name, 0) for edge in ranks.values()) for name in shape.modules}
-    return {name: _capped(shape, name, rank * config.rounds, config) for name, rank in summed.items() if rank}
+    return {n: _capped(shape, n, max(start, rank * config.rounds), config) for n, rank in summed.items() if rank}
 
 
 def _edge_plan(

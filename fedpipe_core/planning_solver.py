@@ -101,8 +101,11 @@ def solve(
     remaining = stop_at - time.monotonic()
     if remaining <= 0:
         raise TimeoutError
+    budgets = _budgets(problem, sub_problem, terms)
+    if budgets.min() <= 0:
+        return [], -np.inf
     module, column = _open_items(problem, sub_problem)
-    result = _milp(problem, sub_problem, terms, module, column, remaining)
+    result = _milp(problem, sub_problem, budgets, (module, column), remaining)
     if time.monotonic() >= stop_at:
         raise TimeoutError
     if result.x is None:
@@ -115,35 +118,31 @@ def solve(
     return [price(problem, start, terms)], float(constant) - result.mip_dual_bound
 
 
+def _budgets(problem: EdgeProblem, sub_problem: SubProblem, terms: RoundTerms) -> FloatArray:
+    """Bytes, and seconds of the round, left for adapters."""
+    cell, block = sub_problem.cell, sub_problem.block
+    seconds = terms.seconds - cell.idle_seconds - sub_problem.steps * cell.block_seconds[block]
+    return np.array([problem.memory_bytes - cell.block_memory[block], seconds])
+
+
 def _milp(
-    problem: EdgeProblem,
-    sub_problem: SubProblem,
-    terms: RoundTerms,
-    module: IntArray,
-    column: IntArray,
-    seconds: float,
+    problem: EdgeProblem, sub_problem: SubProblem, budgets: FloatArray, items: tuple[IntArray, IntArray], seconds: float
 ) -> Any:
+    """Maximise Σ utility over 0/1 items: one rank per module at most, one module at least, within both budgets."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array, vstack
 
-    cell, block, steps = sub_problem.cell, sub_problem.block, sub_problem.steps
-    items = (cell.item_memory, steps * cell.item_seconds + cell.item_upload_seconds)
-    budgets = np.array(
-        [
-            problem.memory_bytes - cell.block_memory[block],
-            terms.seconds - cell.idle_seconds - steps * cell.block_seconds[block],
-        ]
-    )
-    one_rank = csr_array((np.ones(len(module)), (module, np.arange(len(module)))))
-    rows = np.stack([table[module, column] for table in items]) / budgets[:, None]
-    upper = np.concatenate([np.ones(2), np.ones(one_rank.shape[0]), [np.inf]])
-    lower = np.concatenate([np.full(2 + one_rank.shape[0], -np.inf), [1.0]])
-    matrix = vstack([csr_array(rows), one_rank, csr_array(np.ones((1, len(module))))])
+    cell, module = sub_problem.cell, items[0]
+    spent = (cell.item_memory[items], (sub_problem.steps * cell.item_seconds + cell.item_upload_seconds)[items])
+    ranks_of_module = csr_array((np.ones(len(module)), (module, np.arange(len(module)))))
+    count = ranks_of_module.shape[0]
+    matrix = vstack([csr_array(np.stack(spent) / budgets[:, None]), ranks_of_module, np.ones((1, len(module)))])
+    constraints = LinearConstraint(matrix, [-np.inf] * (2 + count) + [1.0], [1.0] * (2 + count) + [np.inf])
     return milp(
-        -problem.utility[module, column],
+        -problem.utility[items],
         integrality=np.ones(len(module)),
         bounds=Bounds(0, 1),
-        constraints=LinearConstraint(matrix, lower, upper),
+        constraints=constraints,
         options={"time_limit": seconds, **MIP_OPTIONS},
     )
 

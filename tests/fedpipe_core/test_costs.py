@@ -1,0 +1,118 @@
+"""What a round is predicted to cost."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planning_cases import make_profile, small_encoder, tiny_model
+
+from fedpipe_core.adapters import initial_adapter
+from fedpipe_core.costs import CostModel, Work, predict
+from fedpipe_core.schemas import ActivationCost, StepCost
+from fedpipe_core.wire import encode_adapter
+
+ENCODER = small_encoder()
+PROFILE = make_profile(ENCODER)
+TOP, BOTTOM = "layer.5.query", "layer.0.query"
+
+
+def test_peak_memory_adds_up_base_adapters_activations_and_logits():
+    shape = tiny_model()
+    profile = make_profile(
+        shape,
+        activation_cost=ActivationCost(
+            fixed_bytes=1000, per_token_bytes=64.0, per_token_module_bytes={"layer.1.in": 32.0}
+        ),
+        fixed_bytes=5000,
+    )
+    base = 4 * (4 * 128) + 4 * 100
+    adapter, tail = 16 * 2 * 24, 4 * (4 - 2) * 24
+    tokens = 2 * 24
+    activations = 1000 + tokens * (64 / 2 + 4 * 24 + 32 + 4 * 2)
+    logits, head = 2 * 4 * 3 * 2, 16 * 27
+    cost = predict(shape, profile, {"layer.1.in": 2}, 2, 1, 32, global_ranks={"layer.1.in": 4})
+    assert cost.peak_memory_bytes == base + adapter + tail + activations + logits + head + 5000
+
+
+def test_round_seconds_add_up_steps_transfer_and_validation():
+    shape = tiny_model()
+    profile = make_profile(
+        shape,
+        num_validation_examples=10,
+        bandwidth_bytes_per_second=1000.0,
+        step_cost=StepCost(fixed_seconds=0.5, per_token_seconds=1e-2, per_token_rank_seconds=1e-4),
+    )
+    cost = predict(shape, profile, {"layer.0.in": 2}, 4, 3, 32)
+    tokens = 4 * 16
+    steps = 3 * (0.5 + tokens * (1e-2 + 1e-4 * 2 * 24))
+    transfer = (cost.upload_bytes + cost.download_bytes) / 1000.0
+    assert cost.round_seconds == pytest.approx(steps + transfer + 10 * 16 * 1e-2 / 2)
+
+
+def test_adapters_in_the_last_block_alone_cost_less_time_and_memory_than_in_the_first():
+    top, bottom = (predict(ENCODER, PROFILE, {name: 8}, 16, 10, 32) for name in (TOP, BOTTOM))
+    assert top.peak_memory_bytes < bottom.peak_memory_bytes
+    assert top.round_seconds < bottom.round_seconds
+
+
+def test_checkpointing_trades_seconds_for_memory():
+    kept = predict(ENCODER, PROFILE, {BOTTOM: 8, TOP: 8}, 16, 10, 32)
+    recomputed = predict(ENCODER, PROFILE, {BOTTOM: 8, TOP: 8}, 16, 10, 32, checkpointing=True)
+    assert recomputed.peak_memory_bytes < kept.peak_memory_bytes
+    assert recomputed.round_seconds > kept.round_seconds
+
+
+def test_a_four_bit_base_with_double_quantization_takes_half_a_byte_and_an_eighth_of_a_bit_per_parameter():
+    shape = ENCODER.model_copy(update={"other_parameters": 0, "head_parameters": 0, "modules": {}})
+    assert CostModel(shape, PROFILE).resident_bytes(4) == pytest.approx(shape.linear_parameters * (4 + 0.127) / 8)
+
+
+def test_seconds_follow_the_measured_factor_of_a_quantized_base():
+    cost = PROFILE.step_cost.model_copy(update={"bits_factors": {4: 2.0}})
+    slower = PROFILE.model_copy(update={"step_cost": cost})
+    seconds = [predict(ENCODER, slower, {TOP: 8}, 16, 10, bits).round_seconds for bits in (32, 8, 4)]
+    assert seconds[0] == seconds[1] < seconds[2]
+
+
+def test_a_batch_larger_than_the_data_costs_what_the_data_fill():
+    few = make_profile(ENCODER, num_examples=5)
+    assert predict(ENCODER, few, {TOP: 8}, 32, 1, 32) == predict(ENCODER, few, {TOP: 8}, 5, 1, 32)
+
+
+def test_a_frozen_tail_costs_memory_time_and_download_but_no_upload():
+    without = predict(ENCODER, PROFILE, {TOP: 4}, 16, 10, 32)
+    tail = predict(ENCODER, PROFILE, {TOP: 4}, 16, 10, 32, global_ranks={TOP: 32, BOTTOM: 32})
+    assert tail.peak_memory_bytes > without.peak_memory_bytes
+    assert tail.round_seconds > without.round_seconds
+    assert tail.download_bytes > without.download_bytes
+    assert tail.upload_bytes == without.upload_bytes
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "nf4"])
+def test_upload_bytes_match_the_encoded_adapter(dtype):
+    ranks = dict.fromkeys(list(ENCODER.modules)[:6], 4)
+    shape = ENCODER.model_copy(update={"head_parameters": 0})
+    adapter = initial_adapter({name: shape.modules[name] for name in ranks}, 4, {}, seed=0)
+    encoded = len(encode_adapter(adapter, dtype))
+    assert CostModel(shape, PROFILE, wire_dtype=dtype).upload_bytes(ranks) == pytest.approx(encoded, rel=0.05)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rank=st.sampled_from([2, 4, 8]),
+    batch_size=st.sampled_from([4, 8, 16]),
+    steps=st.integers(1, 20),
+    bits=st.sampled_from([4, 8, 32]),
+    checkpointing=st.booleans(),
+)
+def test_more_work_never_costs_less(rank, batch_size, steps, bits, checkpointing):
+    model = CostModel(ENCODER, PROFILE, dict.fromkeys(ENCODER.modules, 32))
+    cost = model.predict(Work({TOP: rank}, batch_size, steps, bits, checkpointing))
+    for more in (
+        Work({TOP: 2 * rank}, batch_size, steps, bits, checkpointing),
+        Work({TOP: rank, BOTTOM: rank}, batch_size, steps, bits, checkpointing),
+        Work({TOP: rank}, 2 * batch_size, steps, bits, checkpointing),
+    ):
+        assert model.predict(more).peak_memory_bytes >= cost.peak_memory_bytes
+        assert model.predict(more).round_seconds >= cost.round_seconds
+    longer = model.predict(Work({TOP: rank}, batch_size, steps + 1, bits, checkpointing))
+    assert longer.round_seconds > cost.round_seconds
