@@ -102,6 +102,12 @@ class ResourcesSpec(Spec):
     tokens_per_second: float = Field(
         gt=0, le=1e9, description="Training speed on the dense base without adapters, in tokens per second"
     )
+    step_seconds: float = Field(
+        0.05,
+        ge=0,
+        le=60,
+        description="What an optimizer step costs beside its tokens (launches, optimizer), in seconds",
+    )
     bandwidth_mbit: float = Field(gt=0, le=1e6, description="Link to the store, in Mbit per second each way")
 
 

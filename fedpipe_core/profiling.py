@@ -3,6 +3,7 @@
 Declared resources replace measured ones, so that a plan made of declarations is a function of config and seed alone.
 """
 
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from fedpipe_core.batches import (
     training_batches,
 )
 from fedpipe_core.config import FederationConfig, ResourcesSpec
+from fedpipe_core.errors import RunError
 from fedpipe_core.importance import score_modules
 from fedpipe_core.model import Base, device_of
 from fedpipe_core.resources import declared_step_cost, free_memory_bytes, measured_activation_cost, measured_step_cost
@@ -36,11 +38,14 @@ class EdgeData:
 def profile_edge(
     edge_id: str, base: Base, shape: ModelShape, data: EdgeData, config: FederationConfig, bandwidth: float | None
 ) -> EdgeProfile:
-    """Measure one edge. `bandwidth` is the measured link in bytes per second, None where resources are declared."""
+    """Measure one edge. `bandwidth` is the measured link in bytes per second, None where resources are declared.
+
+    Raises DataError when the edge has no training rows.
+    """
     started = time.perf_counter()
     declared = next(edge.resources for edge in config.edges if edge.edge_id == edge_id)
-    small, large = (_probe_batch(data.train, size) for size in PROBE_SIZES)
     scores = _scores(edge_id, base, data, config)
+    small, large = (_probe_batch(data.train, size) for size in PROBE_SIZES)
     return EdgeProfile(
         edge_id=edge_id,
         num_examples=len(data.train),
@@ -49,13 +54,14 @@ def profile_edge(
         longest_example_tokens=longest_example_tokens(data.train),
         data_fingerprint=data.fingerprint,
         memory_bytes=round(declared.memory_gib * GIB) if declared else free_memory_bytes(device_of(base.model)),
-        bandwidth_bytes_per_second=_bandwidth(declared, bandwidth),
+        bandwidth_bytes_per_second=_bandwidth(edge_id, declared, bandwidth),
         step_cost=(
-            declared_step_cost(declared.tokens_per_second, shape)
+            declared_step_cost(declared.tokens_per_second, declared.step_seconds, shape)
             if declared
             else measured_step_cost(base.model, small, large)
         ),
         activation_cost=measured_activation_cost(base.model, small, large),
+        value_bytes=2 if base.bits == 16 else 4,
         scores=scores,
         declared=declared is not None,
         profile_seconds=time.perf_counter() - started,
@@ -70,12 +76,14 @@ def _scores(edge_id: str, base: Base, data: EdgeData, config: FederationConfig) 
 
 
 def _probe_batch(examples: TokenizedExamples, size: int) -> Batch:
-    """The longest rows, so that both batches are as wide as the widest."""
+    """The longest rows, again and again if they are few, so that every batch is as wide as the widest."""
     longest = sorted(range(len(examples)), key=lambda index: -len(examples.token_ids[index]))
-    return pad_batch(examples, (longest * size)[:size] if len(longest) < size else longest[:size])
+    return pad_batch(examples, list(itertools.islice(itertools.cycle(longest), size)))
 
 
-def _bandwidth(declared: ResourcesSpec | None, measured: float | None) -> float:
+def _bandwidth(edge_id: str, declared: ResourcesSpec | None, measured: float | None) -> float:
     if declared is not None:
         return declared.bandwidth_mbit * 1e6 / 8
-    return measured or float("inf")
+    if measured is None:
+        raise RunError(f"{edge_id}: the link to the store was not measured; declare resources.bandwidth_mbit")
+    return measured

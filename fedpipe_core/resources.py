@@ -6,6 +6,7 @@ where the store is known, in `tasks`.
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,20 +20,38 @@ from fedpipe_core.model import adaptable_modules, device_of, head_parameters, sh
 from fedpipe_core.schemas import ActivationCost, ModelShape, StepCost
 from fedpipe_core.training import classification_loss
 
+CGROUP = Path("/sys/fs/cgroup")
 TIMED_RANKS = (2, 16)
 TIMED_STEPS = 3
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Memory a training process may still take: of the GPU, or of the machine."""
+    """Memory this process may still take: of the GPU, or of the machine within its container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    machine = int(psutil.virtual_memory().available)
+    container = container_free_bytes(CGROUP)
+    return machine if container is None else min(machine, container)
 
 
-def declared_step_cost(tokens_per_second: float, shape: ModelShape) -> StepCost:
+def container_free_bytes(cgroup: Path) -> int | None:
+    """What a container's limit leaves (Linux control groups, version 2); None where there is no limit.
+
+    Cached files count as free, for the kernel drops them first.
+    """
+    try:
+        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    if limit == "max":
+        return None
+    return max(0, int(limit) - int(used) + int(statistics.get("inactive_file", 0)))
+
+
+def declared_step_cost(tokens_per_second: float, step_seconds: float, shape: ModelShape) -> StepCost:
     """Step cost of an edge that is declared to train `tokens_per_second` on the dense base without adapters.
 
     A frozen matrix costs 4 FLOPs per parameter and token (forward, and gradient of the input), an adapter 6 per rank
@@ -40,7 +59,7 @@ def declared_step_cost(tokens_per_second: float, shape: ModelShape) -> StepCost:
     """
     per_token = 1.0 / tokens_per_second
     return StepCost(
-        fixed_seconds=0.0,
+        fixed_seconds=step_seconds,
         per_token_seconds=per_token,
         per_token_rank_seconds=per_token * 6.0 / (4.0 * shape.linear_parameters),
     )

@@ -299,3 +299,10 @@ class RunResult(Record):
     exports: list[ExportRecord]
     model: ModelReport
     tracking: TrackingReport
+
+
+class SavedPlan(Record):
+    """A plan with the profiles it rests on, kept in a file for a later run."""
+
+    plan: FederationPlan
+    profiles: dict[str, EdgeProfile]

@@ -1,4 +1,4 @@
-"""The `fedpipe` command: results on stdout, progress on stderr; exit code 0 done, 1 the run failed, 2 the input is wrong.
+"""The `fedpipe` command: results on stdout, progress on stderr; exit codes 0 done, 1 run failed, 2 input wrong.
 
 Everything heavy is imported inside the commands, so that help answers at once.
 """
@@ -69,7 +69,9 @@ def run(
 @app.command("plan")
 def plan_command(
     config: ConfigPath,
-    save: Annotated[Path | None, typer.Option("--save", help="Keep the plan in a file for `fedpipe run --plan`")] = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", help="Keep the plan in a file for `fedpipe run --plan`")
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -105,8 +107,8 @@ def release(
 ) -> None:
     """Export, register and perhaps promote the model of a run whose rounds are done."""
     with _explained(as_json), _showing():
-        _start_api()
-        from flows.release import release_model
+        with _api_starting():
+            from flows.release import release_model
 
         report = release_model(run_name, store)
         _print(report.model_dump(mode="json"), as_json, lambda found: json.dumps(found, indent=2))
@@ -185,8 +187,16 @@ def _load(path: Path, overrides: list[str] | None) -> "FederationConfig":
     return load_config(path, overrides)
 
 
-def _start_api() -> None:
-    """Start Prefect's own API in the background, if no server is configured, while torch is being imported."""
+def _load_base(config: "FederationConfig") -> None:
+    """Load the base into this process's cache, where the flow finds it."""
+    from tasks.edge import dense_base
+
+    dense_base(config)
+
+
+@contextmanager
+def _api_starting() -> Iterator[None]:
+    """Start Prefect's own API, if no server is configured, while the block imports torch; wait for it at the end."""
     import threading
 
     from prefect.client.orchestration import get_client
@@ -195,21 +205,28 @@ def _start_api() -> None:
         with get_client(sync_client=True) as client:
             client.hello()
 
-    threading.Thread(target=wake, daemon=True).start()
+    starting = threading.Thread(target=wake, daemon=True)
+    starting.start()
+    yield
+    starting.join()
 
 
 def _run_flow(config: "FederationConfig", name: str | None, resume: bool, plan: Path | None) -> "RunResult":
-    _start_api()
-    from flows.federation import federated_finetune, read_saved_plan
+    with _api_starting():
+        from flows.federation import federated_finetune
+        from flows.planning import read_saved_plan
+
+        _load_base(config)
 
     saved = None if plan is None else read_saved_plan(plan)
     return federated_finetune(config, name, resume, saved)
 
 
 def _plan_flow(config: "FederationConfig", save: Path | None) -> tuple[dict[str, Any], bool]:
-    _start_api()
-    from flows.planning import plan_federation
+    with _api_starting():
+        from flows.planning import plan_federation
 
+        _load_base(config)
     return plan_federation(config, None if save is None else str(save))
 
 

@@ -1,11 +1,19 @@
-"""A run's progress for a person: live bars on a terminal, one plain line per finished step elsewhere; always on stderr."""
+"""A run's progress on stderr: live bars on a terminal, one plain line per finished step elsewhere."""
 
 import sys
 import threading
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class PlainLines:

@@ -11,7 +11,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.evaluation import metrics_of
-from fedpipe_core.schemas import FederationPlan, RoundRecord, RunResult
+from fedpipe_core.schemas import FederationPlan, RoundRecord, RunResult, SavedPlan
 from flows.release import release_model, track
 from tasks import edge, federation, progress, reports, tracking
 from tasks.edge import EdgeSession
@@ -27,22 +27,28 @@ def new_run_name(config: FederationConfig) -> str:
 
 
 @flow(name="federated_finetune", flow_run_name="{run}")
-def federated_finetune(config: FederationConfig, run: str | None = None, resume: bool = False) -> RunResult:
+def federated_finetune(
+    config: FederationConfig, run: str | None = None, resume: bool = False, saved_plan: SavedPlan | None = None
+) -> RunResult:
     """Tune one model on the data of all edges and release it.
 
     config: what to tune, on whose data, and how. run: name of the run; made from federation and time when left out.
-    resume: continue the run of that name; nothing whose record is in the store is computed again.
+    resume: continue the run of that name; nothing whose record is in the store is computed again. saved_plan: a plan
+    made before, in place of profiling and planning.
     """
     started, store = time.perf_counter(), open_store(config.store)
-    keys = RunKeys(run or new_run_name(config))
+    coordinator = Coordinator(config, store, RunKeys(run or new_run_name(config)))
+    keys, sessions = coordinator.keys, edge_sessions(coordinator)
+    _read_all_data(coordinator, sessions)
     federation.open_federation(config, store, keys, resume)
     done = get_record(store, keys.result, RunResult)
     if done is not None:
         return done
-    coordinator = Coordinator(config, store, keys)
+    if saved_plan is not None:
+        federation.adopt_plan(coordinator, saved_plan)
     tracked = track(coordinator)
     try:
-        result = _run_rounds_and_release(coordinator, tracked, started)
+        result = _run_rounds_and_release(coordinator, sessions, tracked, started)
     except BaseException as error:
         tracking.close_run(tracked, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
@@ -52,16 +58,18 @@ def federated_finetune(config: FederationConfig, run: str | None = None, resume:
     return result
 
 
-def plan_only(config: FederationConfig, run: str) -> tuple[Coordinator, FederationPlan]:
-    """Profile every edge and plan, as a run would; nothing is trained."""
-    coordinator = Coordinator(config, open_store(config.store), RunKeys(run))
-    _on_all_edges(edge.profile, _sessions(coordinator), shape=coordinator.shape)
-    return coordinator, federation.plan(coordinator)
+def _read_all_data(coordinator: Coordinator, sessions: Sequence[EdgeSession]) -> None:
+    """Find faults in anyone's data before the run leaves a trace in the store."""
+    with progress.working("coordinator", "load model and data"):
+        for session in sessions:
+            session.data  # noqa: B018  read and kept by the session
+        coordinator.held_out  # noqa: B018
 
 
-def _run_rounds_and_release(coordinator: Coordinator, tracked: TrackedRun, started: float) -> RunResult:
-    sessions = _sessions(coordinator)
-    _on_all_edges(edge.profile, sessions, shape=coordinator.shape)
+def _run_rounds_and_release(
+    coordinator: Coordinator, sessions: Sequence[EdgeSession], tracked: TrackedRun, started: float
+) -> RunResult:
+    on_all_edges(edge.profile, sessions, shape=coordinator.shape)
     plan = federation.plan(coordinator)
     create_table_artifact(reports.plan_rows(plan), key="plan", description=f"Plan of {coordinator.keys.run}")
     federation.publish_first_adapter(coordinator, plan)
@@ -74,10 +82,13 @@ def _run_rounds_and_release(coordinator: Coordinator, tracked: TrackedRun, start
     reports.log_plots(tracked, plan, rounds)
     create_table_artifact(reports.round_rows(rounds), key="rounds", description=f"Rounds of {coordinator.keys.run}")
     released = release_model(coordinator.keys.run, coordinator.store.root, baseline)
-    return reports.run_result(coordinator, tracked, plan, rounds, baseline, released, seconds=time.perf_counter() - started)
+    return reports.run_result(
+        coordinator, tracked, plan, rounds, baseline, released, seconds=time.perf_counter() - started
+    )
 
 
-def _sessions(coordinator: Coordinator) -> list[EdgeSession]:
+def edge_sessions(coordinator: Coordinator) -> list[EdgeSession]:
+    """The edges served in this process."""
     edges, cores = coordinator.config.edges, os.cpu_count() or 1
     threads = max(1, cores // _edges_at_once(coordinator.config))
     return [EdgeSession(coordinator.config, spec, coordinator.store, coordinator.keys, threads) for spec in edges]
@@ -91,7 +102,7 @@ def _one_round(
         return known
     started = time.perf_counter()
     federation.forget_failures(coordinator, round_index)
-    _on_all_edges(edge.train_round, sessions, round_index=round_index)
+    on_all_edges(edge.train_round, sessions, round_index=round_index)
     aggregate = federation.aggregate_round(coordinator, plan, round_index)
     last = round_index == coordinator.config.rounds
     metrics = metrics_of(federation.evaluate(coordinator, round_index + 1, whole=last))
@@ -101,7 +112,7 @@ def _one_round(
     return record
 
 
-def _on_all_edges(step: Task, sessions: Sequence[EdgeSession], **parameters: object) -> None:  # type: ignore[type-arg]
+def on_all_edges(step: Task, sessions: Sequence[EdgeSession], **parameters: object) -> None:  # type: ignore[type-arg]
     """Run one step on every edge, as many at once as the machine is meant to carry; the first error is raised."""
     runner: ThreadPoolTaskRunner[None] = ThreadPoolTaskRunner(max_workers=_edges_at_once(sessions[0].config))
     with runner:

@@ -21,9 +21,9 @@ from fedpipe_core.aggregation import Update, aggregate
 from fedpipe_core.batches import TokenizedExamples, tokenize
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.data import load_examples
-from fedpipe_core.edge_model import EdgeModel, build_global_model, load_global_adapter
-from fedpipe_core.errors import ConfigError, FedPipeError, QuorumError, UpdateRefusedError
+from fedpipe_core.errors import ConfigError, FedPipeError, PlanError, QuorumError, UpdateRefusedError
 from fedpipe_core.evaluation import predict
+from fedpipe_core.export import merge
 from fedpipe_core.model import Base, head_parameters, model_shape
 from fedpipe_core.planning import plan_federation
 from fedpipe_core.predictions import Predictions
@@ -34,11 +34,12 @@ from fedpipe_core.schemas import (
     FederationRecord,
     GlobalRecord,
     ModelShape,
+    SavedPlan,
     UpdateRecord,
 )
 from fedpipe_core.seeding import random_generator
 from fedpipe_core.update_checks import check_update, screen_updates
-from fedpipe_core.wire import encode_adapter
+from fedpipe_core.wire import WireDtype, encode_adapter
 from fedpipe_core.wire_updates import decode_update
 from tasks import progress
 from tasks.edge import dense_base, edge_start, read_global
@@ -47,7 +48,7 @@ from tasks.storage import ObjectStore
 
 
 class Coordinator:
-    """What the coordinator keeps warm: the dense base, the held-out set and a model that carries the global adapter.
+    """What the coordinator keeps warm: the dense base and the held-out set.
 
     A plain class, since Prefect walks through every dataclass it is handed.
     """
@@ -70,11 +71,6 @@ class Coordinator:
         """The held-out set."""
         examples = load_examples(self.config.data.test, self.config.data)
         return tokenize(examples, self.base.tokenizer, self.config.model.max_tokens)
-
-    @functools.cached_property
-    def model(self) -> EdgeModel:
-        """A model for the global adapter, whatever its ranks."""
-        return build_global_model(self.base.model, self.config.aggregation.rank_cap)
 
 
 def open_federation(config: FederationConfig, store: ObjectStore, keys: RunKeys, resume: bool) -> FederationRecord:
@@ -101,6 +97,18 @@ def forget_failures(coordinator: Coordinator, round_index: int) -> None:
     """Let edges that failed in the open round try again."""
     for edge in coordinator.config.edges:
         coordinator.store.delete(coordinator.keys.failure(round_index, edge.edge_id))
+
+
+def adopt_plan(coordinator: Coordinator, saved: SavedPlan) -> None:
+    """Publish a plan made before, with the profiles it rests on. Raises PlanError when it is not for these edges."""
+    expected, found = {edge.edge_id for edge in coordinator.config.edges}, set(saved.plan.edges)
+    unknown = [name for name in saved.plan.planned_modules if name not in coordinator.shape.modules]
+    if expected != found or unknown:
+        difference = f"edges {sorted(expected ^ found)}" if expected != found else f"modules {unknown[:3]}"
+        raise PlanError(f"the saved plan and the config differ in {difference}; make a plan with this config")
+    for edge_id, profile in saved.profiles.items():
+        put_record(coordinator.store, coordinator.keys.profile(edge_id), profile)
+    put_record(coordinator.store, coordinator.keys.plan, saved.plan)
 
 
 @task(task_run_name="plan", cache_policy=NO_CACHE)
@@ -171,10 +179,10 @@ def evaluate(coordinator: Coordinator, round_index: int, whole: bool) -> Predict
     """Judge what `round_index` starts from on the held-out set, or on the configured share of it."""
     _, adapter = read_global(coordinator.store, coordinator.keys, round_index)
     torch.set_num_threads(os.cpu_count() or 1)
-    load_global_adapter(coordinator.model, adapter)
     share = coordinator.held_out if whole else _share(coordinator.held_out, coordinator.config)
     with progress.working("coordinator", "evaluate"):
-        return predict(coordinator.model.model, share, coordinator.config.evaluation.batch_size)
+        model = merge(coordinator.base.model, adapter)  # what would be released now
+        return predict(model, share, coordinator.config.evaluation.batch_size)
 
 
 def round_updates(coordinator: Coordinator, round_index: int) -> dict[str, UpdateRecord]:
@@ -240,7 +248,8 @@ def _publish_adapter(
 ) -> GlobalRecord:
     # Edges keep what a short format leaves out of their updates; nobody keeps it for the global adapter, which every
     # round builds on, so it is never shorter than bf16.
-    keys, dtype = coordinator.keys, "fp32" if coordinator.config.exchange.dtype == "fp32" else "bf16"
+    keys = coordinator.keys
+    dtype: WireDtype = "fp32" if coordinator.config.exchange.dtype == "fp32" else "bf16"
     record = GlobalRecord(
         run=keys.run,
         round=round_index,

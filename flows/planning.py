@@ -1,0 +1,80 @@
+"""Profile every edge and plan, as a run would, and train nothing."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+from pydantic import ValidationError
+
+from fedpipe_core.config import FederationConfig
+from fedpipe_core.errors import PlanError, StoreError
+from fedpipe_core.planning import infeasible_edges
+from fedpipe_core.schemas import FederationPlan, SavedPlan
+from flows.federation import edge_sessions, on_all_edges
+from tasks import edge, federation, reports
+from tasks.federation import Coordinator
+from tasks.records import RunKeys
+from tasks.storage import open_store
+
+
+@flow(name="plan_federation")
+def plan_federation(config: FederationConfig, save: str | None = None) -> tuple[dict[str, Any], bool]:
+    """Plan a federation and say what each edge would do; true beside it when an edge has no feasible plan.
+
+    config: the federation. save: file to keep the plan in. Nothing stays in the store.
+    """
+    keys = RunKeys(f"{config.name}-plan-{datetime.now():%Y%m%d-%H%M%S-%f}")
+    coordinator = Coordinator(config, open_store(config.store), keys)
+    try:
+        on_all_edges(edge.profile, edge_sessions(coordinator), shape=coordinator.shape)
+        return _planned(coordinator, save)
+    finally:
+        for key in coordinator.store.list(keys.run):
+            coordinator.store.delete(key)
+
+
+def read_saved_plan(path: Path) -> SavedPlan:
+    """Read what `save` kept. Raises PlanError when the file is anything else."""
+    try:
+        return SavedPlan.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PlanError(f"{path} holds no plan ({reason}); keep one with `fedpipe plan CONFIG --save FILE`") from None
+
+
+def _planned(coordinator: Coordinator, save: str | None) -> tuple[dict[str, Any], bool]:
+    profiles, keys = federation.read_profiles(coordinator), coordinator.keys
+    infeasible = infeasible_edges(coordinator.shape, profiles, coordinator.config)
+    if infeasible:
+        return {"run": keys.run, "plan": {}, "infeasible": infeasible, "totals": None}, True
+    plan = federation.plan(coordinator)
+    create_table_artifact(reports.plan_rows(plan), key="plan", description=f"Plan of {coordinator.config.name}")
+    if save is not None:
+        _save(SavedPlan(plan=plan, profiles=profiles), Path(save))
+    edges = {edge_id: report.model_dump(mode="json") for edge_id, report in _reports(coordinator, plan).items()}
+    return {"run": keys.run, "plan": edges, "infeasible": {}, "totals": _totals(plan, coordinator.config.rounds)}, False
+
+
+def _reports(coordinator: Coordinator, plan: FederationPlan) -> dict[str, Any]:
+    return dict(reports.plan_reports(coordinator, plan))
+
+
+def _save(saved: SavedPlan, path: Path) -> None:
+    try:
+        path.write_text(saved.model_dump_json(indent=1), encoding="utf-8")
+    except OSError as error:
+        raise StoreError(
+            f"plan cannot be kept in {path}: {error.strerror}; name a file in a folder that exists"
+        ) from None
+
+
+def _totals(plan: FederationPlan, rounds: int) -> dict[str, float]:
+    costs = [edge.predicted for edge in plan.edges.values()]
+    return {
+        "seconds": rounds * max(cost.round_seconds for cost in costs),
+        "upload_bytes": rounds * sum(cost.upload_bytes for cost in costs),
+        "download_bytes": rounds * sum(cost.download_bytes for cost in costs),
+        "deadline_seconds": plan.round_seconds,
+    }

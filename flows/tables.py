@@ -1,0 +1,60 @@
+"""Plans and results as text for a person."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedpipe_core.schemas import RunResult
+
+MIB = 2**20
+
+
+def plan_table(document: dict[str, Any]) -> str:
+    """What `fedpipe plan` prints: a row an edge, and the run's totals; or why an edge has no plan."""
+    if document["infeasible"]:
+        reasons = [f"  {edge_id}: {reason}" for edge_id, reason in document["infeasible"].items()]
+        return "No feasible plan for:\n" + "\n".join(reasons)
+    totals = document["totals"]
+    rows = [_plan_row(edge_id, edge) for edge_id, edge in document["plan"].items()]
+    header = ("edge", "bits", "batch", "steps", "modules×rank", "memory MiB", "round s", "up MiB", "limited by")
+    return (
+        f"{_table(header, rows)}\n\n"
+        f"deadline of a round {totals['deadline_seconds']:.1f} s; whole run {totals['seconds']:.1f} s, "
+        f"{totals['upload_bytes'] / MIB:.1f} MiB up, {totals['download_bytes'] / MIB:.1f} MiB down"
+    )
+
+
+def result_summary(result: RunResult) -> str:
+    """What `fedpipe run` prints: quality before and after, the model, and the commands that open both UIs."""
+    merged = next(export for export in result.exports if export.scheme == "merged")
+    before, after = result.baseline_metrics, result.metrics
+    verdict = "promoted to champion" if result.model.decision.promoted else "not promoted"
+    lines = [
+        f"run        {result.run}, {len(result.rounds)} rounds, {result.seconds:.0f} s",
+        *(f"{name:<10} {before[name]:.4f} before training, {value:.4f} after" for name, value in after.items()),
+        f"model      {merged.path}",
+        f"registered {result.model.name} version {result.model.version}, {verdict}",
+        *(f"           {reason}" for reason in result.model.decision.reasons),
+        f"MLflow     mlflow ui --backend-store-uri {result.tracking.uri}",
+        "Prefect    prefect server start",
+    ]
+    return "\n".join(lines)
+
+
+def _plan_row(edge_id: str, edge: dict[str, Any]) -> tuple[str, ...]:
+    ranks, cost = sorted(edge["ranks"].values()), edge["predicted"]
+    groups = " ".join(f"{ranks.count(rank)}×{rank}" for rank in sorted(set(ranks)))
+    numbers = (edge["base_bits"], edge["batch_size"], edge["local_steps"])
+    sizes = (
+        f"{cost['peak_memory_bytes'] / MIB:.0f}",
+        f"{cost['round_seconds']:.1f}",
+        f"{cost['upload_bytes'] / MIB:.2f}",
+    )
+    return edge_id, *map(str, numbers), groups, *sizes, edge["binding"]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (header, *rows)
+    )

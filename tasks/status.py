@@ -1,0 +1,42 @@
+"""How far runs are, read from the store alone: it works while a run goes on, after it died, and on another machine."""
+
+from typing import Any
+
+from fedpipe_core.errors import ConfigError
+from fedpipe_core.schemas import FederationRecord, RoundRecord, RunResult
+from tasks.records import RunKeys, get_record, recorded_edges
+from tasks.storage import ObjectStore, open_store
+
+
+def list_runs(root: str) -> list[str]:
+    """Names of the runs in a store, sorted."""
+    keys = open_store(root, write=False).list()
+    return sorted({key.split("/")[0] for key in keys if key.endswith("/federation.json")})
+
+
+def describe_run(root: str, run: str) -> dict[str, Any]:
+    """Rounds closed, answers in the open round, last metrics. Raises ConfigError when there is no such run."""
+    store, keys = open_store(root, write=False), RunKeys(run)
+    record = get_record(store, keys.federation, FederationRecord)
+    if record is None:
+        raise ConfigError(f"run {run} is not in {store.root}; there are: {', '.join(list_runs(root)) or 'none'}")
+    rounds = _closed_rounds(store, keys)
+    result = get_record(store, keys.result, RunResult)
+    return {
+        "run": run,
+        "store": store.root,
+        "status": "completed" if result else "unfinished",
+        "planned": store.exists(keys.plan),
+        "rounds_closed": len(rounds),
+        "rounds": record.config.get("rounds"),
+        "open_round_updates": recorded_edges(store, keys.updates(len(rounds) + 1)),
+        "metrics": rounds[-1].metrics if rounds else None,
+        "adapter_sha256": rounds[-1].adapter_sha256 if rounds else None,
+    }
+
+
+def _closed_rounds(store: ObjectStore, keys: RunKeys) -> list[RoundRecord]:
+    closed: list[RoundRecord] = []
+    while (record := get_record(store, keys.round_record(len(closed) + 1), RoundRecord)) is not None:
+        closed.append(record)
+    return closed
