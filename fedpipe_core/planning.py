@@ -24,7 +24,7 @@ from fedpipe_core.planning_solver import refine
 from fedpipe_core.planning_utility import edge_utilities
 from fedpipe_core.schemas import EdgePlan, EdgeProfile, FederationPlan, ModelShape
 
-__all__ = ["check_profile", "infeasible_edges", "plan_federation"]
+__all__ = ["check_profile", "infeasible_edges", "plan_federation", "prepare_edges", "round_terms"]
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,16 @@ def plan_federation(shape: ModelShape, profiles: Mapping[str, EdgeProfile], conf
     Raises PlanError for a profile or pin that cannot be, and for edges without any plan: it names each of them, the
     limit that binds, and the cheapest change that would make it feasible.
     """
-    prepared = _prepare(shape, profiles, config)
+    prepared = prepare_edges(shape, profiles, config)
     infeasible = _infeasible(prepared, config)
     if infeasible:
         raise PlanError("\n".join(infeasible.values()))
-    seconds = config.planning.round_seconds or _chosen_deadline(prepared, config)
-    terms = RoundTerms(seconds, config.planning.under_training_penalty)
+    terms = round_terms(prepared, config)
     selections = {e: solve_greedily(edge.problem, edge.duals, edge.front, terms) for e, edge in prepared.items()}
     solver = "greedy"
     if config.planning.solver == "milp":
         selections, solver = _refine_all(prepared, selections, terms, config.planning.solver_seconds)
-    return _federation_plan(prepared, selections, seconds, solver, config)
+    return _federation_plan(prepared, selections, terms.seconds, solver, config)
 
 
 def infeasible_edges(
@@ -62,12 +61,13 @@ def infeasible_edges(
 
     Raises PlanError for a profile or pin that cannot be.
     """
-    return _infeasible(_prepare(shape, profiles, config), config)
+    return _infeasible(prepare_edges(shape, profiles, config), config)
 
 
-def _prepare(
+def prepare_edges(
     shape: ModelShape, profiles: Mapping[str, EdgeProfile], config: FederationConfig
 ) -> dict[str, PreparedEdge]:
+    """Check profiles and pins, and lay out every edge's problem. Raises PlanError for what cannot be."""
     pins = {edge.edge_id: edge.pin for edge in config.edges}
     ranks = check_menu(shape, config)
     for edge_id, profile in profiles.items():
@@ -111,10 +111,12 @@ def _infeasible(prepared: Mapping[str, PreparedEdge], config: FederationConfig) 
     return reasons
 
 
-def _chosen_deadline(prepared: Mapping[str, PreparedEdge], config: FederationConfig) -> float:
+def round_terms(prepared: Mapping[str, PreparedEdge], config: FederationConfig) -> RoundTerms:
+    """The configured deadline, or the one chosen for edges that all have a plan."""
+    penalty = config.planning.under_training_penalty
     fronts = {edge_id: edge.front for edge_id, edge in prepared.items()}
     examples = {edge_id: edge.problem.costs.profile.num_examples for edge_id, edge in prepared.items()}
-    return choose_deadline(fronts, examples, config.planning.under_training_penalty)
+    return RoundTerms(config.planning.round_seconds or choose_deadline(fronts, examples, penalty), penalty)
 
 
 def _refine_all(
