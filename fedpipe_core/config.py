@@ -223,7 +223,16 @@ class ExchangeSpec(Spec):
     """How adapters travel."""
 
     dtype: Literal["fp32", "bf16", "int8", "nf4"] = Field(
-        "bf16", description="Wire format of adapters; int8 and nf4 are blockwise with error feedback at the edge"
+        "bf16",
+        description="Number format of updates; int8 and nf4 are blockwise, and what they leave out is kept at the edge "
+        "and added to its next update. The global adapter travels as fp32 or bf16",
+    )
+    energy: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of an update's squared singular values that is sent; below 1 only the leading directions of "
+        "the change travel (for rules that combine products: delta_svd, flexlora, flora_stack)",
     )
 
 
@@ -291,7 +300,7 @@ class FederationConfig(Spec):
 
     @model_validator(mode="after")
     def _edges_fit_together(self) -> "FederationConfig":
-        faults = [*_edge_faults(self), *_partition_faults(self)]
+        faults = [*_edge_faults(self), *_partition_faults(self), *_rule_faults(self)]
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -319,6 +328,15 @@ def _partition_faults(config: FederationConfig) -> list[str]:
         if edge.values and not by_column:
             faults.append(f"edge {edge.edge_id!r} names `values` but data.partition is not `by: column`")
     return faults
+
+
+def _rule_faults(config: FederationConfig) -> list[str]:
+    rule = config.aggregation.rule
+    if config.exchange.energy < 1 and rule not in ("delta_svd", "flexlora", "flora_stack"):
+        return [
+            f"exchange.energy below 1 sends directions of the change, which rule {rule} cannot combine; set it to 1"
+        ]
+    return []
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> FederationConfig:

@@ -51,6 +51,7 @@ def run(
     name: Annotated[str | None, typer.Option("--run", help="Name of the run; from name and time if left out")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run; finished work is not repeated")] = False,
     plan: Annotated[Path | None, typer.Option("--plan", help="Use a plan kept by `fedpipe plan --save`")] = None,
+    release: Annotated[bool, typer.Option(help="Export, register and perhaps promote the model at the end")] = True,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -62,7 +63,7 @@ def run(
         if resume and name is None:
             raise ConfigError("--resume needs --run NAME, the run to continue; `fedpipe status` lists the runs")
         with _showing():
-            result = _run_flow(loaded, name, resume, plan)
+            result = _run_flow(loaded, name, resume, plan, release)
         _print(result.model_dump(mode="json"), as_json, lambda document: _summary(result))
 
 
@@ -211,7 +212,9 @@ def _api_starting() -> Iterator[None]:
     starting.join()
 
 
-def _run_flow(config: "FederationConfig", name: str | None, resume: bool, plan: Path | None) -> "RunResult":
+def _run_flow(
+    config: "FederationConfig", name: str | None, resume: bool, plan: Path | None, release: bool
+) -> "RunResult":
     with _api_starting():
         from flows.federation import federated_finetune
         from flows.planning import read_saved_plan
@@ -219,7 +222,7 @@ def _run_flow(config: "FederationConfig", name: str | None, resume: bool, plan: 
         _load_base(config)
 
     saved = None if plan is None else read_saved_plan(plan)
-    return federated_finetune(config, name, resume, saved)
+    return federated_finetune(config, name, resume, saved, release)
 
 
 def _plan_flow(config: "FederationConfig", save: Path | None) -> tuple[dict[str, Any], bool]:

@@ -17,6 +17,7 @@ from tasks import edge, federation, progress, reports, tracking
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator
 from tasks.records import RunKeys, get_record, put_record
+from tasks.reports import Outcome
 from tasks.storage import open_store
 from tasks.tracking import TrackedRun
 
@@ -28,13 +29,17 @@ def new_run_name(config: FederationConfig) -> str:
 
 @flow(name="federated_finetune", flow_run_name="{run}")
 def federated_finetune(
-    config: FederationConfig, run: str | None = None, resume: bool = False, saved_plan: SavedPlan | None = None
+    config: FederationConfig,
+    run: str | None = None,
+    resume: bool = False,
+    saved_plan: SavedPlan | None = None,
+    release: bool = True,
 ) -> RunResult:
     """Tune one model on the data of all edges and release it.
 
     config: what to tune, on whose data, and how. run: name of the run; made from federation and time when left out.
     resume: continue the run of that name; nothing whose record is in the store is computed again. saved_plan: a plan
-    made before, in place of profiling and planning.
+    made before, in place of profiling and planning. release: export, register and perhaps promote the model.
     """
     started, store = time.perf_counter(), open_store(config.store)
     coordinator = Coordinator(config, store, RunKeys(run or new_run_name(config)))
@@ -48,10 +53,13 @@ def federated_finetune(
         federation.adopt_plan(coordinator, saved_plan)
     tracked = track(coordinator)
     try:
-        result = _run_rounds_and_release(coordinator, sessions, tracked, started)
+        outcome = _run_rounds(coordinator, sessions, tracked)
+        released = release_model(keys.run, store.root, outcome.baseline) if release else None
     except BaseException as error:
         tracking.close_run(tracked, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
+    seconds = time.perf_counter() - started
+    result = reports.run_result(coordinator, tracked, outcome, released, seconds)
     put_record(store, keys.result, result)
     tracking.log_json(tracked, result.model_dump(mode="json"), "result.json")
     tracking.close_run(tracked, "FINISHED")
@@ -66,9 +74,7 @@ def _read_all_data(coordinator: Coordinator, sessions: Sequence[EdgeSession]) ->
         coordinator.held_out  # noqa: B018
 
 
-def _run_rounds_and_release(
-    coordinator: Coordinator, sessions: Sequence[EdgeSession], tracked: TrackedRun, started: float
-) -> RunResult:
+def _run_rounds(coordinator: Coordinator, sessions: Sequence[EdgeSession], tracked: TrackedRun) -> Outcome:
     on_all_edges(edge.profile, sessions, shape=coordinator.shape)
     plan = federation.plan(coordinator)
     create_table_artifact(reports.plan_rows(plan), key="plan", description=f"Plan of {coordinator.keys.run}")
@@ -81,10 +87,7 @@ def _run_rounds_and_release(
         tracking.log_round(tracked, record.round, *reports.tracked_metrics(record))
     reports.log_plots(tracked, plan, rounds)
     create_table_artifact(reports.round_rows(rounds), key="rounds", description=f"Rounds of {coordinator.keys.run}")
-    released = release_model(coordinator.keys.run, coordinator.store.root, baseline)
-    return reports.run_result(
-        coordinator, tracked, plan, rounds, baseline, released, seconds=time.perf_counter() - started
-    )
+    return Outcome(plan, rounds, baseline)
 
 
 def edge_sessions(coordinator: Coordinator) -> list[EdgeSession]:

@@ -25,19 +25,27 @@ def plan_table(document: dict[str, Any]) -> str:
 
 def result_summary(result: RunResult) -> str:
     """What `fedpipe run` prints: quality before and after, the model, and the commands that open both UIs."""
-    merged = next(export for export in result.exports if export.scheme == "merged")
     before, after = result.baseline_metrics, result.metrics
-    verdict = "promoted to champion" if result.model.decision.promoted else "not promoted"
     lines = [
         f"run        {result.run}, {len(result.rounds)} rounds, {result.seconds:.0f} s",
         *(f"{name:<10} {before[name]:.4f} before training, {value:.4f} after" for name, value in after.items()),
-        f"model      {merged.path}",
-        f"registered {result.model.name} version {result.model.version}, {verdict}",
-        *(f"           {reason}" for reason in result.model.decision.reasons),
+        *_release_lines(result),
         f"MLflow     mlflow ui --backend-store-uri {result.tracking.uri}",
         "Prefect    prefect server start",
     ]
     return "\n".join(lines)
+
+
+def _release_lines(result: RunResult) -> list[str]:
+    if result.model is None:
+        return [f"model      not released; `fedpipe release {result.run} --store {result.store}` does it"]
+    merged = next(export for export in result.exports if export.scheme == "merged")
+    verdict = "promoted to champion" if result.model.decision.promoted else "not promoted"
+    return [
+        f"model      {merged.path}",
+        f"registered {result.model.name} version {result.model.version}, {verdict}",
+        *(f"           {reason}" for reason in result.model.decision.reasons),
+    ]
 
 
 def _plan_row(edge_id: str, edge: dict[str, Any]) -> tuple[str, ...]:

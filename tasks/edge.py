@@ -264,7 +264,8 @@ def _counted(batches: Iterator[Batch], advance: Callable[[], None]) -> Iterator[
 def _encode(session: EdgeSession, round_index: int, start: Adapter) -> bytes:
     """Encode the update; what a short number format leaves out is kept at the edge and added next round."""
     residual = _read_residual(session, round_index - 1)
-    data, left_out = encode_update(read_adapter(session.model), start, session.config.exchange.dtype, residual)
+    exchange, trained = session.config.exchange, read_adapter(session.model)
+    data, left_out = encode_update(trained, start, exchange.dtype, residual, exchange.energy)
     if left_out is not None:
         session.state.mkdir(parents=True, exist_ok=True)
         _residual_path(session, round_index).write_bytes(encode_adapter(left_out, "fp32"))

@@ -1,6 +1,7 @@
 """What a run says of itself: records that close rounds, the result, and the tables and plots in both UIs."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedpipe_core.schemas import (
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the rounds came to: the plan, every round, and the metrics before training."""
+
+    plan: FederationPlan
+    rounds: Sequence[RoundRecord]
+    baseline: Mapping[str, float]
 
 
 def round_record(
@@ -49,17 +59,11 @@ def round_record(
     )
 
 
-def run_result(  # noqa: PLR0913  the parts of one result
-    coordinator: Coordinator,
-    tracked: TrackedRun,
-    plan: FederationPlan,
-    rounds: Sequence[RoundRecord],
-    baseline: Mapping[str, float],
-    released: ReleaseReport,
-    *,
-    seconds: float,
+def run_result(
+    coordinator: Coordinator, tracked: TrackedRun, outcome: Outcome, released: ReleaseReport | None, seconds: float
 ) -> RunResult:
     """Put together what `fedpipe run` prints."""
+    rounds = outcome.rounds
     return RunResult(
         run=coordinator.keys.run,
         store=coordinator.store.root,
@@ -67,11 +71,11 @@ def run_result(  # noqa: PLR0913  the parts of one result
         seconds=seconds,
         adapter_sha256=rounds[-1].adapter_sha256,
         rounds=list(rounds),
-        plan=plan_reports(coordinator, plan),
+        plan=plan_reports(coordinator, outcome.plan),
         metrics=rounds[-1].metrics,
-        baseline_metrics=dict(baseline),
-        exports=released.exports,
-        model=released.model,
+        baseline_metrics=dict(outcome.baseline),
+        exports=released.exports if released else [],
+        model=released.model if released else None,
         tracking=TrackingReport(uri=tracked.uri, experiment=tracked.experiment, run_id=tracked.run_id),
     )
 
