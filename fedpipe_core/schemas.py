@@ -124,7 +124,7 @@ class EdgePlan(Record):
     base_bits: Bits
     checkpointing: bool = Field(False, description="Recompute each block's activations in the backward pass")
     predicted: PredictedCost
-    binding: str = Field(description="The limit that keeps the plan from being larger: memory, deadline, data, menu or pin")
+    binding: str = Field(description="What keeps the plan from being larger: memory, deadline, data, menu or pin")
     under_training: FiniteFloat = Field(0.0, ge=0, le=1, description="Share of the planned examples left unprocessed")
 
 
