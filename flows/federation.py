@@ -54,7 +54,7 @@ def federated_finetune(
     tracked = track(coordinator)
     try:
         outcome = _run_rounds(coordinator, sessions, tracked)
-        released = release_model(keys.run, store.root, outcome.baseline) if release else None
+        released = release_model(keys.run, store.root, dict(outcome.baseline)) if release else None
     except BaseException as error:
         tracking.close_run(tracked, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
