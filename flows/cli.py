@@ -135,11 +135,15 @@ def rollback(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print a commented config with every key instead")] = False,
+) -> None:
     """Print the JSON Schema of the config."""
     from fedpipe_core.config import FederationConfig
+    from fedpipe_core.reference import render_reference
 
-    print(json.dumps(FederationConfig.model_json_schema(), indent=2))
+    text = render_reference() if as_yaml else json.dumps(FederationConfig.model_json_schema(), indent=2) + "\n"
+    print(text, end="")
 
 
 def main() -> None:
