@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from torch import nn
 
 from fedpipe_core.adapters import Adapter, initial_adapter
 from fedpipe_core.aggregation import Update, aggregate
@@ -71,6 +72,11 @@ class Coordinator:
         """The held-out set."""
         examples = load_examples(self.config.data.test, self.config.data)
         return tokenize(examples, self.base.tokenizer, self.config.model.max_tokens)
+
+    def judge(self, model: nn.Module, examples: TokenizedExamples | None = None) -> Predictions:
+        """A model's answers on the held-out set, or on the given part of it, with all of the machine's cores."""
+        cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+        return predict(model, examples or self.held_out, self.config.evaluation.batch_size, cores)
 
 
 def open_federation(config: FederationConfig, store: ObjectStore, keys: RunKeys, resume: bool) -> FederationRecord:
@@ -178,11 +184,10 @@ def aggregate_round(coordinator: Coordinator, federation_plan: FederationPlan, r
 def evaluate(coordinator: Coordinator, round_index: int, whole: bool) -> Predictions:
     """Judge what `round_index` starts from on the held-out set, or on the configured share of it."""
     _, adapter = read_global(coordinator.store, coordinator.keys, round_index)
-    torch.set_num_threads(os.cpu_count() or 1)
     share = coordinator.held_out if whole else _share(coordinator.held_out, coordinator.config)
     with progress.working("coordinator", "evaluate"):
         model = merge(coordinator.base.model, adapter)  # what would be released now
-        return predict(model, share, coordinator.config.evaluation.batch_size)
+        return coordinator.judge(model, share)
 
 
 def round_updates(coordinator: Coordinator, round_index: int) -> dict[str, UpdateRecord]:

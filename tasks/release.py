@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 
 from fedpipe_core.data import label_names, load_examples_and_column
 from fedpipe_core.errors import ReleaseError
-from fedpipe_core.evaluation import metrics_of, predict
+from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.export import EXPORT_SCHEMES, TunedModel, folder_sha256
 from fedpipe_core.gate import Decision, decide
 from fedpipe_core.model_card import CardFacts, license_of, render_card
@@ -80,7 +80,7 @@ def export(release: Release, scheme: str) -> ExportRecord:
     with progress.working("coordinator", f"export {scheme}"):
         EXPORT_SCHEMES[scheme].write(release.tuned, folder)
         model = EXPORT_SCHEMES[scheme].load(release.tuned, folder)
-        predictions = predict(model, coordinator.held_out, coordinator.config.evaluation.batch_size)
+        predictions = coordinator.judge(model)
         files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
         for name, path in files.items():
             put_data_file(coordinator.store, coordinator.keys.release(f"{scheme}/{name.as_posix()}"), path)
@@ -149,7 +149,7 @@ def _evaluate_version(release: Release, version: ModelVersion) -> Predictions:
     with TemporaryDirectory() as folder:
         files = registry.fetch_model(version, Path(folder))
         model = EXPORT_SCHEMES["merged"].load(release.tuned, files)
-        return predict(model, coordinator.held_out, coordinator.config.evaluation.batch_size)
+        return coordinator.judge(model)
 
 
 def _tags(release: Release) -> dict[str, str]:
