@@ -6,7 +6,7 @@ from one `Base` share its frozen tensors, so N edges in a process hold one base.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,17 +22,22 @@ TAIL = "tail"
 
 @dataclass(frozen=True, eq=False)
 class EdgeModel:
-    """A model with trainable adapters and head. `scaling` = alpha / rank of every trained adapter."""
+    """A model with trainable adapters and head. `scaling` = alpha / rank of every trained adapter.
+
+    `trains_right` tells whether both factors are trained or B alone.
+    """
 
     model: nn.Module
     tuner: Any
     ranks: Mapping[str, int]
     tail_ranks: Mapping[str, int]
     scaling: float
+    trains_right: bool = True
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """The trained factors, B and A of every adapted module."""
-        return [parameter for name in self.ranks for parameter in _factors(self.model, name, TRAINED)]
+        """The trained factors of every adapted module: B and A, or B alone."""
+        trained = slice(None) if self.trains_right else slice(1)
+        return [parameter for name in self.ranks for parameter in _factors(self.model, name, TRAINED)[trained]]
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The head, trained in full."""
@@ -66,6 +71,13 @@ def build_edge_model(
     edge = EdgeModel(model, tuner, dict(ranks), tail_ranks, scaling)
     _activate(edge, tail=False)
     return edge
+
+
+def with_frozen_right_factors(edge: EdgeModel) -> EdgeModel:
+    """The same instance, to be loaded anew, whose A stays as loaded: only B and the head are trained (2403.12313)."""
+    frozen = replace(edge, trains_right=False)
+    _activate(frozen, tail=False)
+    return frozen
 
 
 def load_adapter(edge: EdgeModel, trained: Adapter, tail: Mapping[str, LowRank]) -> None:

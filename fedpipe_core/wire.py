@@ -22,7 +22,7 @@ from fedpipe_core.low_rank import LowRank
 from fedpipe_core.quantization import QuantizedDtype, dequantize, quantize, stored_sizes
 
 WireDtype = Literal["fp32", "bf16", "int8", "nf4"]
-Content = Literal["adapter", "factor_changes", "directions"]
+Content = Literal["adapter", "factor_changes", "left_factor_changes", "directions"]
 Shape = tuple[int, ...]
 FORMAT = 1
 _PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,7 +32,10 @@ _MALFORMED = (safetensors.SafetensorError, ValueError, KeyError, TypeError, Inde
 
 
 def encode_adapter(adapter: Adapter, dtype: WireDtype, content: Content = "adapter") -> bytes:
-    """The adapter as one safetensors file, whose metadata key `fedpipe` carries format, dtype, content and layout."""
+    """The adapter as one safetensors file, whose metadata key `fedpipe` carries format, dtype, content and layout.
+
+    Of `left_factor_changes` only B is kept: A did not change.
+    """
     layout = {
         "content": content,
         "dtype": dtype,
@@ -44,7 +47,7 @@ def encode_adapter(adapter: Adapter, dtype: WireDtype, content: Content = "adapt
     for module, factors in adapter.factors.items():
         values[f"factors/{module}/B"], values[f"factors/{module}/A"] = factors.B.detach(), factors.A.detach()
     if is_plain(dtype):
-        tensors = {name: value.to(_PLAIN[dtype]).contiguous() for name, value in values.items()}
+        tensors = {name: values[name].to(_PLAIN[dtype]).contiguous() for name in _shapes(layout)}
     else:
         parts = [quantize(_blockwise(name, values[name]), dtype) for name in _shapes(layout)]
         tensors = {"codes": torch.cat([codes for codes, _ in parts]), "scales": torch.cat([s for _, s in parts])}
@@ -130,6 +133,7 @@ class Stored:
         self.modules: list[str] = list(layout["modules"])
         self._head: list[str] = list(layout["head"])
         self._dtype: WireDtype = layout["dtype"]
+        self._sizes: dict[str, list[int]] = layout["modules"]
         self._shapes, self._whole, self._part = _shapes(layout), whole, part
         self._check_entries({name: entry for name, entry in header.items() if name != "__metadata__"})
 
@@ -143,8 +147,11 @@ class Stored:
         return Adapter({module: self.factors(module) for module in self.modules}, self.head())
 
     def factors(self, module: str) -> LowRank:
-        """One module's factors in float32."""
-        return LowRank(self._read(f"factors/{module}/B"), self._read(f"factors/{module}/A"))
+        """One module's factors in float32; an A that was left out as unchanged is zero."""
+        B = self._read(f"factors/{module}/B")
+        if self.content == "left_factor_changes":
+            return LowRank(B, torch.zeros(self._sizes[module][1:]))
+        return LowRank(B, self._read(f"factors/{module}/A"))
 
     def head(self) -> dict[str, Tensor]:
         """The head's parameters in float32."""
@@ -176,7 +183,8 @@ def _shapes(layout: Mapping[str, Any]) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     for module, (out_features, rank, in_features) in layout["modules"].items():
         shapes[f"factors/{module}/B"] = (out_features, rank)
-        shapes[f"factors/{module}/A"] = (rank, in_features)
+        if layout["content"] != "left_factor_changes":
+            shapes[f"factors/{module}/A"] = (rank, in_features)
     shapes |= {f"head/{name}": tuple(shape) for name, shape in layout["head"].items()}
     if not all(type(size) is int and size >= 0 for shape in shapes.values() for size in shape):
         raise ValueError("a size in the layout is not a natural number")

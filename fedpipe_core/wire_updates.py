@@ -31,7 +31,8 @@ def encode_update(
 ) -> tuple[bytes, Adapter | None]:
     """The update as bytes, and the residual to hand in next round (None for fp32 and bf16, which leave nothing out).
 
-    With `energy` 1 the changes of the factors are sent, B − B⁰ and A − A⁰, whatever rule combines them. Below 1 it is
+    With `energy` 1 the changes of the factors are sent, B − B⁰ and A − A⁰, whatever rule combines them; where every A
+    stayed as it was, as rule ffa has it, B − B⁰ alone. Below 1 it is
     the leading singular directions of B·A − B⁰·A⁰ + residual: the fewest that hold `energy` of its Σσ², never more
     than the trained rank. They suit the rules that combine products: delta_svd, flexlora and flora_stack.
 
@@ -49,7 +50,7 @@ def encode_update(
         sent = {m: truncate(factors, energy, trained.factors[m].rank)[0] for m, factors in wanted.items()}
     else:
         sent = {m: _factor_change(start.factors[m], f, left.get(m)) for m, f in trained.factors.items()}
-    data = encode_adapter(Adapter(sent, head), dtype, "directions" if energy < 1 else "factor_changes")
+    data = encode_adapter(Adapter(sent, head), dtype, "directions" if energy < 1 else _content(sent))
     if is_plain(dtype) and energy == 1:
         return data, None
     return data, _residual(Adapter(wanted, head), decode_any(data), start, trained.ranks)
@@ -93,6 +94,10 @@ class _ChangedFactors(Mapping[str, LowRank]):
         return len(self._changes)
 
 
+def _content(changes: Mapping[str, LowRank]) -> Content:
+    return "factor_changes" if any(bool(factors.A.any()) for factors in changes.values()) else "left_factor_changes"
+
+
 def _factor_change(start: LowRank, trained: LowRank, left: LowRank | None) -> LowRank:
     """Change of both factors, after moving them so that their product takes up what it can of the residual E.
 
@@ -115,7 +120,7 @@ def _residual(wanted: Adapter, sent: tuple[Content, Adapter], start: Adapter, ra
     factors = {}
     for module, product in wanted.factors.items():
         got = changes.factors[module]
-        if content == "factor_changes":
+        if content != "directions":
             got = change(start.factors[module], _changed(start.factors[module], got, content))
         factors[module] = truncate(stacked([product, got.scaled(-1.0)]), 1.0, 2 * ranks[module])[0]
     return Adapter(factors, {name: value - changes.head[name] for name, value in wanted.head.items()})

@@ -20,7 +20,7 @@ from fedpipe_core.adapters import Adapter
 from fedpipe_core.batches import Batch, pad_batch, tokenize, training_batches
 from fedpipe_core.config import EdgeSpec, FederationConfig, ModelSpec
 from fedpipe_core.data import fingerprint, split_validation
-from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter, read_adapter
+from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter, read_adapter, with_frozen_right_factors
 from fedpipe_core.errors import FedPipeError, IntegrityError
 from fedpipe_core.evaluation import metrics_of, predict
 from fedpipe_core.low_rank import LowRank
@@ -120,7 +120,8 @@ class EdgeSession:
         base = shared_base(self.config, self.plan.base_bits)
         scaling, cap = self.config.training.adapter_scaling, self.config.aggregation.rank_cap
         modules = self.federation_plan.planned_modules
-        return build_edge_model(base.model, self.plan.ranks, cap, scaling, self.plan.checkpointing, modules)
+        model = build_edge_model(base.model, self.plan.ranks, cap, scaling, self.plan.checkpointing, modules)
+        return with_frozen_right_factors(model) if self.config.aggregation.rule == "ffa" else model
 
     @functools.cached_property
     def peak_memory_bytes(self) -> int:

@@ -13,6 +13,7 @@ from transformers.models.auto import AutoModelForSequenceClassification
 from fedpipe_core.adapters import Adapter, initial_adapter, split_for_edge
 from fedpipe_core.architecture import adaptable_modules, head_parameters
 from fedpipe_core.batches import pad_batch
+from fedpipe_core.config import TrainingSpec
 from fedpipe_core.edge_model import (
     EdgeModel,
     build_edge_model,
@@ -22,11 +23,12 @@ from fedpipe_core.edge_model import (
     load_global_adapter,
     own_head,
     read_adapter,
+    with_frozen_right_factors,
 )
 from fedpipe_core.evaluation import predict
 from fedpipe_core.low_rank import LowRank
 from fedpipe_core.model import share
-from fedpipe_core.training import classification_loss
+from fedpipe_core.training import classification_loss, train
 
 BATCH = pad_batch(tiny_examples(6), range(6))
 
@@ -175,6 +177,22 @@ def test_only_the_planned_factors_and_the_head_are_trained(tiny_base):
     trained = [name for name, value in edge.model.named_parameters() if value.requires_grad]
     assert len(trained) == 2 * len(ranks) + len(edge.head_parameters())
     assert not [name for name in trained if re.search(r"\.tail\.", name)]
+
+
+def test_a_frozen_right_factor_takes_part_and_is_not_trained(tiny_base):
+    base = tiny_base("bert").model
+    ranks = dict.fromkeys(adaptable_modules(base), 2)
+    edge = with_frozen_right_factors(started(base, ranks))
+    whole = random_adapter(base, dict.fromkeys(ranks, 4))
+    load_adapter(edge, *split_for_edge(whole, ranks, seed=0))
+    train(edge, iter([BATCH] * 3), TrainingSpec(learning_rate=0.01), rate=1.0)
+    found = read_adapter(edge)
+    assert count_parameters(edge.adapter_parameters()) == 2 * sum(
+        s.out_features for s in adaptable_modules(base).values()
+    )
+    for name, factors in found.factors.items():
+        assert torch.equal(factors.A, whole.factors[name].A[:2])
+        assert not torch.equal(factors.B, whole.factors[name].B[:, :2])
 
 
 def test_names_that_are_no_plain_words_find_their_own_rank(tiny_base):

@@ -87,6 +87,20 @@ def test_a_frozen_right_factor_stays_frozen_through_rounding_and_feedback():
     assert torch.equal(decode_update(data, start).factors["m"].A, start.factors["m"].A)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_right_factor_that_stayed_frozen_does_not_travel(dtype, tmp_path):
+    start, trained = _pair()
+    frozen = Adapter({"m": LowRank(trained.factors["m"].B, start.factors["m"].A)}, {"weight": start.head["weight"]})
+    data, _ = encode_update(frozen, start, dtype)
+    (tmp_path / "update").write_bytes(data)
+    for found in (decode_update(data, start), open_update(tmp_path / "update", start)):
+        assert torch.equal(found.factors["m"].A, start.factors["m"].A)
+        torch.testing.assert_close(found.factors["m"].B, frozen.factors["m"].B, rtol=0, atol=0.006)
+    whole, _ = encode_update(Adapter(trained.factors, start.head), start, dtype)
+    bits = {"fp32": 32, "bf16": 16, "int8": 8, "nf4": 4}[dtype]
+    assert len(whole) - len(data) >= 4 * 128 * bits // 8
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.floats(0.3, 0.99), st.integers(0, 99))
 def test_top_energy_sends_the_fewest_directions_that_hold_the_share(energy, seed):
