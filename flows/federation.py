@@ -5,13 +5,14 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 
-from prefect import Task, flow
+from prefect import Task, flow, runtime
 from prefect.artifacts import create_table_artifact
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.schemas import FederationPlan, RoundRecord, RunResult, SavedPlan
+from flows.deployed import require_lasting_places
 from flows.release import release_model, track
 from tasks import edge, federation, progress, reports, tracking
 from tasks.edge import EdgeSession
@@ -27,7 +28,13 @@ def new_run_name(config: FederationConfig) -> str:
     return f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-@flow(name="federated_finetune", flow_run_name="{run}")
+def _title() -> str:
+    """Name of the flow run in Prefect's UI: the run's, or the federation's when the run was given none."""
+    parameters = runtime.flow_run.parameters
+    return parameters["run"] or str(parameters["config"].name)
+
+
+@flow(name="federated_finetune", flow_run_name=_title)
 def federated_finetune(
     config: FederationConfig,
     run: str | None = None,
@@ -37,10 +44,14 @@ def federated_finetune(
 ) -> RunResult:
     """Tune one model on the data of all edges and release it.
 
-    config: what to tune, on whose data, and how. run: name of the run; made from federation and time when left out.
-    resume: continue the run of that name; nothing whose record is in the store is computed again. saved_plan: a plan
-    made before, in place of profiling and planning. release: export, register and perhaps promote the model.
+    Args:
+        config: What to tune, on whose data, and how.
+        run: Name of the run; made from the federation's name and the time when left out.
+        resume: Continue the run of that name; nothing whose record is in the store is computed again.
+        saved_plan: A plan made before by `fedpipe plan --save`, in place of profiling and planning.
+        release: Export, register and perhaps promote the model.
     """
+    require_lasting_places(config)
     started, store = time.perf_counter(), open_store(config.store)
     coordinator = Coordinator(config, store, RunKeys(run or new_run_name(config)))
     keys, sessions = coordinator.keys, edge_sessions(coordinator)

@@ -9,6 +9,7 @@ from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ReleaseError
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.schemas import FederationRecord, ReleaseReport
+from flows.deployed import require_lasting_store
 from tasks import release, tracking
 from tasks.federation import Coordinator, evaluate
 from tasks.records import RunKeys, get_record
@@ -20,8 +21,12 @@ from tasks.tracking import TrackedRun
 def release_model(run: str, store: str = ".fedpipe/store", baseline: dict[str, float] | None = None) -> ReleaseReport:
     """Export, register and perhaps promote the model of a finished run.
 
-    run: name of the run. store: object store that holds it. baseline: metrics before training, measured when left out.
+    Args:
+        run: Name of the run.
+        store: Object store that holds the run: a folder or s3://bucket/prefix.
+        baseline: Metrics before training; measured when left out.
     """
+    require_lasting_store(store)
     coordinator = _coordinator(run, store)
     step = release.Release(
         coordinator, track(coordinator), baseline or metrics_of(evaluate(coordinator, 1, whole=True))

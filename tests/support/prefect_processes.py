@@ -1,0 +1,94 @@
+"""A Prefect server and workers as processes of their own; every wait is bounded, and nothing outlives the test."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+import psutil
+
+T = TypeVar("T")
+
+START_SECONDS = 180  # a first start migrates an empty database; on a busy machine that takes a minute
+
+
+@contextmanager
+def prefect_server(home: Path) -> Iterator[dict[str, str]]:
+    """Run a server with a home of its own and yield the environment in which Prefect finds it."""
+    address = f"http://127.0.0.1:{_free_port()}/api"
+    left_out = ("MLFLOW_TRACKING_URI", "FEDPIPE_STORE")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out} | {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": address,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    port = address.removesuffix("/api").rpartition(":")[2]
+    with running(["server", "start", "--host", "127.0.0.1", "--port", port], environment, home / "server.log") as log:
+        wait_for(lambda: _answers(f"{address}/health"), START_SECONDS, "Prefect's server", log)
+        yield environment
+
+
+@contextmanager
+def running(arguments: list[str], environment: dict[str, str], log: Path) -> Iterator[Path]:
+    """Run a command of Prefect's in the folder of its log until the block ends, and yield the log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "prefect", *arguments]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=environment, cwd=log.parent, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+        try:
+            yield log
+        finally:
+            _kill_tree(process)
+
+
+def call(arguments: list[str], environment: dict[str, str], folder: Path) -> str:
+    """Run a command of Prefect's to its end and return what it printed; it must succeed."""
+    command = [sys.executable, "-m", "prefect", *arguments]
+    done = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=START_SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def wait_for(found: Callable[[], T | None], seconds: float, what: str, log: Path) -> T:
+    """The first thing found, asked twice a second; fails with the end of the log when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if result := found():
+            return result
+        time.sleep(0.5)
+    raise AssertionError(f"waited {seconds} s for {what}; {log.name} ends with:\n{log.read_text()[-4000:]}")
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all it started, which have process groups of their own."""
+    family = [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []
+    for member in family:
+        member.kill()
+    process.wait(timeout=30)
