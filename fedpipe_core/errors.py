@@ -14,7 +14,8 @@ FedPipeError
     ├── IntegrityError        bytes that are not what their record says
     ├── QuorumError           fewer updates than `min_edges`
     ├── ReleaseError          an export or a registration that failed
-    └── TrackingError         MLflow could not be reached, or refused a record
+    ├── TrackingError         MLflow could not be reached, or refused a record
+    └── OrchestratorError     Prefect's API could not be reached
 
 A message is one sentence: who, what was found, what was needed, what to do next.
 """
@@ -84,3 +85,7 @@ class ReleaseError(RunError):
 
 class TrackingError(RunError):
     """Raised when MLflow cannot be reached or refuses a record; what the store holds is unharmed."""
+
+
+class OrchestratorError(RunError):
+    """Raised when Prefect's API cannot be reached; what the store holds is unharmed."""

@@ -37,8 +37,7 @@ DEFAULT_STORE = ".fedpipe/store"
 _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes would start a compiler at import
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",  # our own progress tells the rest
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # our own progress and last line tell; its API keeps all
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -166,7 +165,7 @@ def _explained(as_json: bool) -> Iterator[None]:
             print(json.dumps({"status": "failed", "error": str(error)}))
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        print("fedpipe: interrupted; what is finished is kept, continue with --resume", file=sys.stderr)
+        print("fedpipe: interrupted; what is finished is kept, --run NAME --resume continues it", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -202,18 +201,13 @@ def _load_base(config: "FederationConfig") -> None:
 @contextmanager
 def _api_starting() -> Iterator[None]:
     """Start Prefect's own API, if no server is configured, while the block imports torch; wait for it at the end."""
-    import threading
+    from flows.local_api import start_api
+    from tasks import progress
 
-    from prefect.client.orchestration import get_client
-
-    def wake() -> None:
-        with get_client(sync_client=True) as client:
-            client.hello()
-
-    starting = threading.Thread(target=wake, daemon=True)
-    starting.start()
-    yield
-    starting.join()
+    with progress.working("coordinator", "start Prefect and load the base"):
+        wait = start_api()
+        yield
+        wait()
 
 
 def _run_flow(
