@@ -32,6 +32,9 @@ class PlainLines:
         """Print who did what, and how long it took."""
         self.noted(f"{who}: {what} done in {seconds:.1f} s")
 
+    def stopped(self, who: str) -> None:
+        """Say nothing: a note or the command's last line tells why."""
+
     def noted(self, text: str) -> None:
         """Print one line."""
         print(f"[{time.perf_counter() - self._started:7.1f} s] {text}", file=sys.stderr, flush=True)
@@ -73,6 +76,11 @@ class LiveBars:
                 self._progress.advance(self._bars[who])
 
     def finished(self, who: str, what: str, seconds: float) -> None:
+        """Take the bar away."""
+        with self._lock:
+            self._remove(who)
+
+    def stopped(self, who: str) -> None:
         """Take the bar away."""
         with self._lock:
             self._remove(who)

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 
 from prefect import Task, flow, runtime
@@ -10,6 +11,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from fedpipe_core.config import FederationConfig
+from fedpipe_core.errors import PlanError, TrackingError
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.schemas import FederationPlan, RoundRecord, RunResult, SavedPlan
 from flows.deployed import require_lasting_places
@@ -55,19 +57,20 @@ def federated_finetune(
     started, store = time.perf_counter(), open_store(config.store)
     coordinator = Coordinator(config, store, RunKeys(run or new_run_name(config)))
     keys, sessions = coordinator.keys, edge_sessions(coordinator)
+    progress.note(f"run {keys.run} in {store.root}")
     _read_all_data(coordinator, sessions)
     federation.open_federation(config, store, keys, resume)
     done = get_record(store, keys.result, RunResult)
     if done is not None:
         return done
-    if saved_plan is not None:
-        federation.adopt_plan(coordinator, saved_plan)
+    plan = _plan(coordinator, sessions, saved_plan)
     tracked = track(coordinator)
     try:
-        outcome = _run_rounds(coordinator, sessions, tracked)
+        outcome = _run_rounds(coordinator, sessions, plan, tracked)
         released = release_model(keys.run, store.root, dict(outcome.baseline)) if release else None
     except BaseException as error:
-        tracking.close_run(tracked, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        with suppress(TrackingError):  # the first error is the one to tell
+            tracking.close_run(tracked, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     seconds = time.perf_counter() - started
     result = reports.run_result(coordinator, tracked, outcome, released, seconds)
@@ -82,18 +85,31 @@ def _read_all_data(coordinator: Coordinator, sessions: Sequence[EdgeSession]) ->
     with progress.working("coordinator", "load model and data"):
         for session in sessions:
             session.data  # noqa: B018  read and kept by the session
-        coordinator.held_out  # noqa: B018
+        coordinator.held_out, coordinator.label_names, coordinator.slices  # noqa: B018
 
 
-def _run_rounds(coordinator: Coordinator, sessions: Sequence[EdgeSession], tracked: TrackedRun) -> Outcome:
-    on_all_edges(edge.profile, sessions, shape=coordinator.shape)
-    plan = federation.plan(coordinator)
+def _plan(coordinator: Coordinator, sessions: Sequence[EdgeSession], saved_plan: SavedPlan | None) -> FederationPlan:
+    try:
+        if saved_plan is not None:
+            federation.adopt_plan(coordinator, saved_plan)
+        on_all_edges(edge.profile, sessions, shape=coordinator.shape)
+        plan = federation.plan(coordinator)
+    except PlanError:
+        if not coordinator.store.exists(coordinator.keys.plan):
+            federation.withdraw_federation(coordinator)  # its config has to change, so it could not be resumed
+        raise
     create_table_artifact(reports.plan_rows(plan), key="plan", description=f"Plan of {coordinator.keys.run}")
+    return plan
+
+
+def _run_rounds(
+    coordinator: Coordinator, sessions: Sequence[EdgeSession], plan: FederationPlan, tracked: TrackedRun
+) -> Outcome:
     federation.publish_first_adapter(coordinator, plan)
     baseline = metrics_of(federation.evaluate(coordinator, 1, whole=True))
     progress.note(f"before training: {reports.metrics_line(baseline)}")
     tracking.log_round(tracked, 0, baseline, {})
-    rounds = [_one_round(coordinator, sessions, plan, index + 1) for index in range(coordinator.config.rounds)]
+    rounds = _all_rounds(coordinator, sessions, plan)
     for record in rounds:
         tracking.log_round(tracked, record.round, *reports.tracked_metrics(record))
     reports.log_plots(tracked, plan, rounds)
@@ -106,6 +122,15 @@ def edge_sessions(coordinator: Coordinator) -> list[EdgeSession]:
     edges, cores = coordinator.config.edges, os.cpu_count() or 1
     threads = max(1, cores // _edges_at_once(coordinator.config))
     return [EdgeSession(coordinator.config, spec, coordinator.store, coordinator.keys, threads) for spec in edges]
+
+
+def _all_rounds(coordinator: Coordinator, sessions: Sequence[EdgeSession], plan: FederationPlan) -> list[RoundRecord]:
+    records: list[RoundRecord] = []
+    with progress.working("federation", "rounds", coordinator.config.rounds) as advance:
+        for index in range(coordinator.config.rounds):
+            records.append(_one_round(coordinator, sessions, plan, index + 1))
+            advance()
+    return records
 
 
 def _one_round(
@@ -129,6 +154,7 @@ def _one_round(
 def on_all_edges(step: Task, sessions: Sequence[EdgeSession], **parameters: object) -> None:  # type: ignore[type-arg]
     """Run one step on every edge, as many at once as the machine is meant to carry; the first error is raised."""
     runner: ThreadPoolTaskRunner[None] = ThreadPoolTaskRunner(max_workers=_edges_at_once(sessions[0].config))
+    edge.allow_training()
     with runner:
         try:
             futures = [runner.submit(step, {"session": session, **parameters}) for session in sessions]

@@ -31,8 +31,7 @@ def plan_federation(config: FederationConfig, save: str | None = None) -> tuple[
         on_all_edges(edge.profile, edge_sessions(coordinator), shape=coordinator.shape)
         return _planned(coordinator, save)
     finally:
-        for key in coordinator.store.list(keys.run):
-            coordinator.store.delete(key)
+        federation.withdraw_federation(coordinator)
 
 
 def read_saved_plan(path: Path) -> SavedPlan:

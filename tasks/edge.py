@@ -133,12 +133,17 @@ class EdgeSession:
     @property
     def state(self) -> Path:
         """Folder of what never leaves the edge."""
-        root = Path(self.store.root) if "://" not in self.store.root else Path(".fedpipe")
+        root = Path(self.store.root) if "://" not in self.store.root else Path(".fedpipe/store")
         return root.parent / "edges" / self.keys.run / self.edge_id
 
 
 class StoppedError(BaseException):
     """Raised in a training thread when the run was interrupted; like KeyboardInterrupt, no edge's fault."""
+
+
+def allow_training() -> None:
+    """Take an earlier `stop_training` back: this process runs a federation again."""
+    _stopping.clear()
 
 
 def stop_training() -> None:
@@ -173,6 +178,7 @@ def train_round(session: EdgeSession, round_index: int) -> None:
         return
     try:
         update = _train_and_publish(session, round_index)
+        progress.note(f"{edge_id}: loss {update.train_loss:.4f} in round {round_index}")
         get_run_logger().info("%s: loss %.4f after %d steps", edge_id, update.train_loss, update.steps)
     except Exception as error:
         reason = str(error) if isinstance(error, FedPipeError) else f"{type(error).__name__}: {error}"
@@ -214,8 +220,9 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
     record, adapter = read_global(session.store, keys, round_index)
     start, tail = edge_start(config, plan, adapter, round_index)
     load_adapter(session.model, start, tail)
-    metrics = _validate(session)
-    report = _train(session, round_index)
+    with progress.working(session.edge_id, f"train round {round_index}", plan.local_steps) as advance:
+        metrics = _validate(session)
+        report = _train(session, round_index, advance)
     data = _encode(session, round_index, start)
     update = UpdateRecord(
         run=keys.run,
@@ -241,17 +248,15 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
 def _validate(session: EdgeSession) -> dict[str, float]:
     if not len(session.data.validation):
         return {}
-    with progress.working(session.edge_id, "validate"):
-        return metrics_of(predict(session.model.model, session.data.validation, session.config.evaluation.batch_size))
+    return metrics_of(predict(session.model.model, session.data.validation, session.config.evaluation.batch_size))
 
 
-def _train(session: EdgeSession, round_index: int) -> TrainingReport:
+def _train(session: EdgeSession, round_index: int, advance: Callable[[], None]) -> TrainingReport:
     config, plan = session.config, session.plan
     parts = (config.seed, round_index, session.edge_id)
     batches = training_batches(session.data.train, plan.batch_size, plan.local_steps, parts)
     rate = rate_factor(config.training, round_index, config.rounds)
-    with progress.working(session.edge_id, f"train round {round_index}", plan.local_steps) as advance:
-        return train(session.model, _counted(batches, advance), config.training, rate)
+    return train(session.model, _counted(batches, advance), config.training, rate)
 
 
 def _counted(batches: Iterator[Batch], advance: Callable[[], None]) -> Iterator[Batch]:

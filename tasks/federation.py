@@ -21,7 +21,7 @@ from fedpipe_core.adapters import Adapter, initial_adapter
 from fedpipe_core.aggregation import Update, aggregate
 from fedpipe_core.batches import TokenizedExamples, tokenize
 from fedpipe_core.config import FederationConfig
-from fedpipe_core.data import load_examples
+from fedpipe_core.data import label_names, load_examples, load_examples_and_column
 from fedpipe_core.errors import ConfigError, FedPipeError, PlanError, QuorumError, UpdateRefusedError
 from fedpipe_core.evaluation import predict
 from fedpipe_core.export import merge
@@ -44,6 +44,7 @@ from fedpipe_core.wire import WireDtype, encode_adapter
 from fedpipe_core.wire_updates import decode_update
 from tasks import progress
 from tasks.edge import dense_base, edge_start, read_global
+from tasks.keys import is_key
 from tasks.records import RunKeys, get_data, get_record, put_data, put_record
 from tasks.storage import ObjectStore
 
@@ -73,6 +74,20 @@ class Coordinator:
         examples = load_examples(self.config.data.test, self.config.data)
         return tokenize(examples, self.base.tokenizer, self.config.model.max_tokens)
 
+    @functools.cached_property
+    def label_names(self) -> list[str] | None:
+        """The name of every label, where the config says which column has them."""
+        return label_names(self.config.data.test, self.config.data)
+
+    @functools.cached_property
+    def slices(self) -> list[str] | None:
+        """The slice of every held-out example, where the config says which column has them."""
+        column = self.config.release.slice_column
+        if column is None:
+            return None
+        _, values = load_examples_and_column(self.config.data.test, self.config.data, column)
+        return [str(value) for value in values]
+
     def judge(self, model: nn.Module, examples: TokenizedExamples | None = None) -> Predictions:
         """A model's answers on the held-out set, or on the given part of it, with all of the machine's cores."""
         cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
@@ -82,8 +97,13 @@ class Coordinator:
 def open_federation(config: FederationConfig, store: ObjectStore, keys: RunKeys, resume: bool) -> FederationRecord:
     """Write what the run is, or check that a resumed run still is what it was.
 
-    Raises ConfigError when the name is taken, when there is nothing to resume, or when the config changed since.
+    Raises ConfigError when the name is taken or unusable, when there is nothing to resume, or when the config changed
+    since.
     """
+    if "/" in keys.run or not is_key(keys.run):
+        raise ConfigError(
+            f"run name {keys.run!r} cannot name a folder of the store; use letters, digits, '_', '-' and '.' (not first)"
+        )
     known = get_record(store, keys.federation, FederationRecord)
     if known is not None and not resume:
         raise ConfigError(
@@ -97,6 +117,12 @@ def open_federation(config: FederationConfig, store: ObjectStore, keys: RunKeys,
         return known
     put_record(store, keys.federation, record)
     return record
+
+
+def withdraw_federation(coordinator: Coordinator) -> None:
+    """Remove everything of a run that was not planned, so that its name is free again."""
+    for key in coordinator.store.list(coordinator.keys.run):
+        coordinator.store.delete(key)
 
 
 def forget_failures(coordinator: Coordinator, round_index: int) -> None:

@@ -23,6 +23,9 @@ class Listener(Protocol):
     def finished(self, who: str, what: str, seconds: float) -> None:
         """`who` is done with `what`."""
 
+    def stopped(self, who: str) -> None:
+        """`who` failed, or was interrupted."""
+
     def noted(self, text: str) -> None:
         """Something worth a line of its own happened."""
 
@@ -48,9 +51,12 @@ def working(who: str, what: str, steps: int | None = None) -> Iterator[Callable[
         listener.started(who, what, steps)
     try:
         yield functools.partial(_advance, who)
-    finally:
+    except BaseException:
         for listener in _listeners:
-            listener.finished(who, what, time.perf_counter() - started)
+            listener.stopped(who)
+        raise
+    for listener in _listeners:
+        listener.finished(who, what, time.perf_counter() - started)
 
 
 def _advance(who: str) -> None:

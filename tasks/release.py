@@ -10,7 +10,6 @@ from typing import Literal, TypeVar
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from fedpipe_core.data import label_names, load_examples_and_column
 from fedpipe_core.errors import ReleaseError
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.export import EXPORT_SCHEMES, TunedModel, folder_sha256
@@ -69,8 +68,7 @@ class Release:
         """The base and the adapter after the last round."""
         coordinator = self.coordinator
         _, adapter = read_global(coordinator.store, coordinator.keys, coordinator.config.rounds + 1)
-        names = label_names(coordinator.config.data.test, coordinator.config.data)
-        return TunedModel(coordinator.base, adapter, coordinator.config.release.dtype, names)
+        return TunedModel(coordinator.base, adapter, coordinator.config.release.dtype, coordinator.label_names)
 
 
 @task(task_run_name="export {scheme}", cache_policy=NO_CACHE)
@@ -122,15 +120,11 @@ def promote(release: Release, version: ModelVersion) -> ModelReport:
 
 def _gate(release: Release, challenger: ModelVersion, champion: ModelVersion | None) -> Decision:
     coordinator = release.coordinator
-    slices, column = None, coordinator.config.release.slice_column
-    if column:
-        _, values = load_examples_and_column(coordinator.config.data.test, coordinator.config.data, column)
-        slices = [str(value) for value in values]
     return decide(
         _answers(release, challenger),
         None if champion is None else _answers(release, champion),
         coordinator.config.release,
-        slices,
+        coordinator.slices,
         coordinator.config.seed,
     )
 
