@@ -1,9 +1,15 @@
 """Plans and results as text for a person."""
 
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fedpipe_core.schemas import RunResult
+from flows.local_api import is_local
 
 MIB = 2**20
 
@@ -30,10 +36,39 @@ def result_summary(result: RunResult) -> str:
         f"run        {result.run}, {len(result.rounds)} rounds, {result.seconds:.0f} s",
         *(f"{name:<10} {before[name]:.4f} before training, {value:.4f} after" for name, value in after.items()),
         *_release_lines(result),
-        f"MLflow     mlflow ui --backend-store-uri {result.tracking.uri}",
-        "Prefect    prefect server start",
+        f"MLflow     {_mlflow_ui(result.tracking.uri)}   # experiment {result.tracking.experiment}",
+        f"Prefect    {_prefect_ui()}",
     ]
     return "\n".join(lines)
+
+
+def _mlflow_ui(uri: str) -> str:
+    """The command that shows the run, or the server that does."""
+    if uri.startswith("http"):
+        return uri
+    scheme, _, path = uri.partition(":///")
+    return f"{_program('mlflow')} ui --backend-store-uri {scheme}:///{_short(Path(path))}"
+
+
+def _prefect_ui() -> str:
+    from prefect.settings import get_current_settings
+
+    if not is_local():
+        return str(get_current_settings().ui_url or get_current_settings().api.url)
+    home = os.environ.get("PREFECT_HOME")
+    where = f"PREFECT_HOME={_short(Path(home))} " if home else ""
+    return f"{where}{_program('prefect')} server start"
+
+
+def _program(name: str) -> str:
+    """A program as this shell finds it, else by its path beside the Python that runs now."""
+    beside, found = Path(sys.executable).with_name(name), shutil.which(name)
+    return name if found and Path(found) == beside else _short(beside)
+
+
+def _short(path: Path) -> str:
+    """A path as a shell takes it, relative where it lies below the working directory."""
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
 def _release_lines(result: RunResult) -> list[str]:
@@ -42,7 +77,7 @@ def _release_lines(result: RunResult) -> list[str]:
     merged = next(export for export in result.exports if export.scheme == "merged")
     verdict = "promoted to champion" if result.model.decision.promoted else "not promoted"
     return [
-        f"model      {merged.path}",
+        f"model      {merged.path if '://' in merged.path else _short(Path(merged.path))}",
         f"registered {result.model.name} version {result.model.version}, {verdict}",
         *(f"           {reason}" for reason in result.model.decision.reasons),
     ]
