@@ -229,11 +229,10 @@ def _prepare_quantized(model: nn.Module) -> None:
             # Else one forward pass without gradients repacks the weights in place, and later gradients are wrong.
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         if hasattr(module, "init_8bit_state"):
-            if getattr(module.weight, "CB", None) is not None:
-                module.init_8bit_state()  # type: ignore[operator]  # moves the int8 weights where `share` finds them
-            # On a CPU bitsandbytes quantizes activations too unless it trains, which takes twice the time and is less
-            # exact; in training mode always, edges also evaluate the function they train.
-            module.training = device_of(model).type == "cpu"
+            from fedpipe_core.int8_linear import FrozenInt8Linear
+
+            module.init_8bit_state()  # type: ignore[operator]  # moves the int8 weights where `share` finds them
+            module.__class__ = FrozenInt8Linear
 
 
 def quiet_transformers() -> None:
