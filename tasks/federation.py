@@ -194,7 +194,7 @@ def aggregate_round(coordinator: Coordinator, federation_plan: FederationPlan, r
     if known is not None:
         return known
     with progress.working("coordinator", "aggregate"):
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(1)  # factors are small: threads that wait for each other cost more than they save
         _, previous = read_global(coordinator.store, coordinator.keys, round_index)
         updates, hashes, dropped = _read_updates(coordinator, federation_plan, previous, round_index)
         counted, refused = screen_updates(updates, coordinator.config.aggregation)
