@@ -1,7 +1,7 @@
 """A frozen int8 matrix that keeps nothing for the backward pass, and computes alike in training and evaluation.
 
 bitsandbytes' own forward pass keeps the input of every matrix, although a frozen weight never needs it, where no hook
-can count it; on a CPU it computes by one of two formulas, as the module's mode says. How a matrix is quantized stays its.
+can count it; on a CPU it computes by one of two formulas, as the module's mode says. How it quantizes is left as it is.
 """
 
 from typing import Any

@@ -61,6 +61,12 @@ def test_quantization_packs_every_matrix_of_the_blocks_and_nothing_else(tiny_bas
     assert weights == count * bits // 8
 
 
+def test_4_bit_matrices_are_never_repacked_for_inference(tiny_base):
+    # On CPUs with AVX512_BF16 a forward pass without gradients would repack them, and later gradients would be wrong.
+    model = tiny_base("bert", 4).model
+    assert {model.get_submodule(name).support_avx512bf16_for_cpu for name in adaptable_modules(model)} == {False}
+
+
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_fewer_bits_answer_less_alike(tiny_base, architecture):
     exact = logits(tiny_base(architecture).model)
