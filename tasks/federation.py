@@ -102,7 +102,7 @@ def open_federation(config: FederationConfig, store: ObjectStore, keys: RunKeys,
     """
     if "/" in keys.run or not is_key(keys.run):
         raise ConfigError(
-            f"run name {keys.run!r} cannot name a folder of the store; use letters, digits, '_', '-' and '.' (not first)"
+            f"run name {keys.run!r} cannot name a folder of the store; use letters, digits, '_', '-' and '.', not first"
         )
     known = get_record(store, keys.federation, FederationRecord)
     if known is not None and not resume:

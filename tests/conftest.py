@@ -7,6 +7,9 @@ from uuid import uuid4
 import pytest
 from s3_servers import FaultProxy, fault_proxy, moto_server
 
+# Before Prefect is imported: its console handler would keep a stream that pytest closes.
+os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:

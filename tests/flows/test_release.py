@@ -1,0 +1,73 @@
+"""The released folders, read by programs that know nothing of this project."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import Command, FinishedRun
+
+READER = """
+import json, sys
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+kind, folder, rows = sys.argv[1:]
+if kind == "adapter":
+    from peft import AutoPeftModelForSequenceClassification
+    labels = {labels}
+    model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=labels)
+else:
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+examples = [json.loads(line) for line in open(rows)]
+batch = tokenizer([example["text"] for example in examples], padding=True, return_tensors="pt")
+with torch.inference_mode():
+    answers = model.eval()(**batch).logits.argmax(dim=-1).tolist()
+right = sum(answer == example["label"] for answer, example in zip(answers, examples))
+print(json.dumps({
+    "accuracy": right / len(examples),
+    "names": [model.config.id2label[index] for index in range(4)],
+    "ours": [name for name in sys.modules if name.split(".")[0] in ("flows", "tasks", "fedpipe_core")],
+}))
+"""
+
+
+def read(kind: str, finished: FinishedRun, working_directory: Path) -> dict[str, object]:
+    from tiny_models import LABELS
+
+    command = [sys.executable, "-P", "-c", READER.replace("{labels}", str(LABELS)), kind]
+    arguments = [str(finished.store / "release" / kind), str(finished.folder / "test.jsonl")]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=working_directory, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+def test_merged_folder_loads_with_transformers_alone(finished: FinishedRun, tmp_path: Path) -> None:
+    found = read("merged", finished, tmp_path)
+    assert found["accuracy"] == pytest.approx(finished.result["metrics"]["accuracy"])
+    assert found["names"] == [f"share {label}" for label in range(4)]
+    assert found["ours"] == []
+
+
+def test_adapter_folder_loads_with_peft_alone(finished: FinishedRun, tmp_path: Path) -> None:
+    found = read("adapter", finished, tmp_path)
+    assert found["accuracy"] == pytest.approx(finished.result["metrics"]["accuracy"])
+    assert found["ours"] == []
+
+
+def test_run_without_release_is_released_later(finished: FinishedRun, fedpipe: Command, tmp_path: Path) -> None:
+    config, store = finished.folder / "federation.yaml", tmp_path / "store"
+    fedpipe("run", config, "--run", "later", "--set", f"store={store}", "--set", "name=later", "--no-release")
+    outcome = fedpipe("release", "later", "--store", store, "--json")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.document["model"]["decision"]["promoted"]
+    assert {export["scheme"] for export in outcome.document["exports"]} == {"adapter", "merged"}
+
+
+def test_release_of_an_unknown_run_is_refused(finished: FinishedRun, fedpipe: Command) -> None:
+    outcome = fedpipe("release", "nothing", "--store", finished.result["store"])
+    assert outcome.exit_code == 1
+    assert "run nothing is not in" in outcome.stderr

@@ -1,0 +1,61 @@
+"""The `fedpipe` command in this process or in one of its own, and how it ended."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from flows.cli import app
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The one JSON object on stdout."""
+        found: dict[str, Any] = json.loads(self.stdout)
+        return found
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that went through without a disturbance."""
+
+    folder: Path
+    outcome: Outcome
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What it printed."""
+        return self.outcome.document
+
+    @property
+    def store(self) -> Path:
+        """The run's folder in the store."""
+        return Path(self.result["store"]) / self.result["run"]
+
+
+Command = Callable[..., Outcome]
+
+
+def command_line(*arguments: object) -> list[str]:
+    """The command as a shell would call it."""
+    return [str(Path(sys.executable).with_name("fedpipe")), *map(str, arguments)]
+
+
+def invoke(*arguments: object) -> Outcome:
+    """Call the command in this process."""
+    called = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="fedpipe")
+    if called.exception is not None and not isinstance(called.exception, SystemExit):
+        raise called.exception
+    return Outcome(called.exit_code, called.stdout, called.stderr)
