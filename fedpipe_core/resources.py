@@ -65,11 +65,14 @@ def declared_step_cost(tokens_per_second: float, step_seconds: float, shape: Mod
     )
 
 
-def measured_step_cost(base: nn.Module, small: Batch, large: Batch) -> StepCost:
+def measured_step_cost(
+    base: nn.Module, small: Batch, large: Batch, clock: Callable[[], float] = time.perf_counter
+) -> StepCost:
     """Time a few steps at two batch sizes and two ranks, and fit seconds = c0 + c1·tokens + c2·tokens·Σ rank·(out+in).
 
     `small` and `large` are batches of the edge's own data. The fit is least squares with coefficients ≥ 0; each
-    configuration counts with the fastest of its steps, since other work can only slow one down.
+    configuration counts with the fastest of its steps, since other work can only slow one down. `clock` gives seconds:
+    wall time, which a round is made of, or another that a comparison needs.
     """
     rows, seconds = [], []
     for rank in TIMED_RANKS:
@@ -78,7 +81,7 @@ def measured_step_cost(base: nn.Module, small: Batch, large: Batch) -> StepCost:
         for batch in (small, large):
             tokens = batch["input_ids"].numel()
             rows.append([1.0, float(tokens), float(tokens * size)])
-            seconds.append(_fastest_seconds(step, batch, device_of(base)))
+            seconds.append(_fastest_seconds(step, batch, device_of(base), clock))
     matrix = torch.tensor(rows, dtype=torch.float64)
     scale = matrix.amax(dim=0)
     fitted = nnls((matrix / scale).numpy(), seconds)[0] / scale.numpy()
@@ -163,15 +166,17 @@ def _trainable_step(base: nn.Module, rank: int) -> Callable[[Mapping[str, Tensor
     return step
 
 
-def _fastest_seconds(step: Callable[[Mapping[str, Tensor]], None], batch: Batch, device: torch.device) -> float:
+def _fastest_seconds(
+    step: Callable[[Mapping[str, Tensor]], None], batch: Batch, device: torch.device, clock: Callable[[], float]
+) -> float:
     moved = {key: value.to(device) for key, value in batch.items()}
     step(moved)  # the first one also pays for allocations
-    return min(_timed(lambda: step(moved), device) for _ in range(TIMED_STEPS))
+    return min(_timed(lambda: step(moved), device, clock) for _ in range(TIMED_STEPS))
 
 
-def _timed(action: Callable[[], None], device: torch.device) -> float:
-    started = time.perf_counter()
+def _timed(action: Callable[[], None], device: torch.device, clock: Callable[[], float]) -> float:
+    started = clock()
     action()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return clock() - started
