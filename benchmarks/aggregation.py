@@ -5,12 +5,10 @@ in a process of its own so that peak memory is its own; seconds are scaled to al
 1,000 edges of a 768-wide model module by module from files. `--quick` shrinks everything to a few seconds.
 """
 
-import argparse
-import json
 import resource
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -18,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from common import Check, at_least, at_most, finish, markdown_table, parser
 
 from fedpipe_core.adapters import Adapter, split_for_edge
 from fedpipe_core.aggregation import RULES, Update, aggregate
@@ -174,37 +173,35 @@ def measure_row(name: str, quick: bool) -> Row:
     return measure(name, replace(case, sample=1) if name == "dense_svd" else case)
 
 
-def checks(rows: dict[str, Row], crowd: Row, quick: bool) -> list[dict[str, object]]:
+def checks(rows: dict[str, Row], crowd: Row, quick: bool) -> list[Check]:
     """The claims; a quick run is too small to judge the speed-up."""
     speedup = rows["dense_svd"].seconds / rows["delta_svd"].seconds
-    target = 1.0 if quick else LEAST_SPEEDUP
     return [
-        {"name": "delta_svd_speedup_over_dense_svd", "value": speedup, "target": target, "ok": speedup >= target},
-        {"name": "crowd_peak_gib", "value": crowd.peak_gib, "target": MOST_GIB, "ok": crowd.peak_gib <= MOST_GIB},
+        at_least("delta_svd_speedup_over_dense_svd", speedup, 1.0 if quick else LEAST_SPEEDUP),
+        at_most("crowd_peak_gib", crowd.peak_gib, MOST_GIB),
     ]
+
+
+def as_text(case: Case, rows: Sequence[Row]) -> str:
+    """A line for every row."""
+    case_line = f"{case.modules} modules of {case.width}×{case.width}, {case.edges} edges of rank {case.rank}"
+    cells = [(r.name, 1000 * r.module_seconds, r.seconds, r.added_gib, r.peak_gib) for r in rows]
+    formats = ("{}", "{:.1f}", "{:.2f}", "{:.3f}", "{:.2f}")
+    lines = [[format_.format(cell) for format_, cell in zip(formats, line, strict=True)] for line in cells]
+    return markdown_table((case_line, "ms/module", "seconds", "added GiB", "peak GiB"), lines)
 
 
 def main() -> None:
     """Print the table, or one JSON object with the table and its checks."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quick", action="store_true", help="small sizes, a few seconds")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--quick", action="store_true", help="small sizes, a few seconds")
+    options = arguments.parse_args()
     case = QUICK if options.quick else LARGE
     rows = {name: run_alone(name, options.quick) for name in ("read_once", *RULES, "dense_svd")}
     crowd = run_alone("crowd", options.quick)
-    found = checks(rows, crowd, options.quick)
-    table = [asdict(row) for row in (*rows.values(), crowd)]
-    if options.json:
-        print(json.dumps({"case": asdict(case), "threads": torch.get_num_threads(), "table": table, "checks": found}))
-        return
-    print(f"{case.modules} modules of {case.width}×{case.width}, {case.edges} edges of rank {case.rank}")
-    print(f"{'':48} {'ms/module':>10} {'seconds':>9} {'added GiB':>10} {'peak GiB':>9}")
-    for row in (*rows.values(), crowd):
-        milliseconds = 1000 * row.module_seconds
-        print(f"{row.name:48} {milliseconds:10.1f} {row.seconds:9.2f} {row.added_gib:10.3f} {row.peak_gib:9.2f}")
-    for check in found:
-        print(f"{check['name']}: {check['value']:.3g} (target {check['target']:g}) {'ok' if check['ok'] else 'MISSED'}")
+    table = [*rows.values(), crowd]
+    results = {"case": asdict(case), "threads": torch.get_num_threads(), "table": [asdict(row) for row in table]}
+    finish(options.json, results, checks(rows, crowd, options.quick), as_text(case, table))
 
 
 if __name__ == "__main__":

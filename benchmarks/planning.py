@@ -5,14 +5,13 @@ and 18 (batch, bits) cells, planned on one core; gaps are shares of a plan's uti
 edge. The small case throttles one of five MiniLM-like edges four times and shows the uniform plan beside the planner's.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from common import at_most, finish, markdown_table, parser
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.costs import predict
@@ -184,41 +183,39 @@ def spreads() -> dict[str, float]:
     return {kind: (max(s) - min(s)) / max(s) for kind, s in (("planned", planned), ("uniform", uniform))}
 
 
-def check(name: str, value: float, target: float) -> dict[str, object]:
-    """A check that holds when the value is at most the target."""
-    return {"name": name, "value": value, "target": target, "ok": value <= target}
-
-
 def main() -> None:
     """Print the tables, or one JSON object with the tables and the checks."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--edges", type=int, default=100, help="edges of the large case")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--edges", type=int, default=100, help="edges of the large case")
+    options = arguments.parse_args()
     shape, profiles, config = large_case(options.edges)
     began, began_cpu = time.perf_counter(), time.process_time()
     plan = plan_federation(shape, profiles, config)
-    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
+    timing = {"wall_seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - began_cpu}
     gaps, solved = measure_gaps(prepare_edges(shape, profiles, config), config)
     spread = spreads()
-    found = [
-        check(f"seconds of one core to plan {options.edges} edges", cpu_seconds, MOST_SECONDS),
-        check("largest gap to the optimum", gaps[1].largest, MOST_GAP),
-        check("spread of finishing times with one edge throttled four times", spread["planned"], MOST_SPREAD),
+    checks = [
+        at_most(f"seconds of one core to plan {options.edges} edges", timing["cpu_seconds"], MOST_SECONDS),
+        at_most("largest gap to the optimum", gaps[1].largest, MOST_GAP),
+        at_most("spread of finishing times with one edge throttled four times", spread["planned"], MOST_SPREAD),
     ]
-    table = [asdict(row) for row in gaps]
-    if options.json:
-        timing = {"wall_seconds": seconds, "cpu_seconds": cpu_seconds, "milps_solved": solved, "solver": plan.solver}
-        print(json.dumps({"table": table, "timing": timing, "spread": spread, "checks": found}))
-        return
-    print(f"{options.edges} edges × 128 modules × 7 ranks × 18 cells: {seconds:.1f} s, {cpu_seconds:.1f} s of one core")
-    print(f"{solved} milps solved; the plan says: {plan.solver}")
-    print(f"{'gap to the optimum at most':28} {'mean':>8} {'median':>8} {'largest':>8}")
-    for row in gaps:
-        print(f"{row.plans:28} {row.mean:8.3%} {row.median:8.3%} {row.largest:8.3%}")
-    print("spread of finishing times: " + ", ".join(f"{kind} {value:.1%}" for kind, value in spread.items()))
-    for item in found:
-        print(f"{item['name']}: {item['value']:.3g} (target {item['target']:g}) {'ok' if item['ok'] else 'MISSED'}")
+    report = {"table": [asdict(row) for row in gaps], "timing": timing, "spread": spread}
+    report |= {"milps_solved": solved, "solver": plan.solver}
+    finish(options.json, report, checks, as_text(report))
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """Time, gaps and spread."""
+    head = ("gap to the optimum at most", "mean", "median", "largest")
+    rows = [(row["plans"], *(f"{row[key]:.3%}" for key in head[1:])) for row in report["table"]]
+    timing, spread = report["timing"], report["spread"]
+    return (
+        "128 modules × 7 ranks × 18 cells: "
+        f"{timing['wall_seconds']:.1f} s, {timing['cpu_seconds']:.1f} s of one core\n"
+        f"{report['milps_solved']} milps solved; the plan says: {report['solver']}\n\n"
+        f"{markdown_table(head, rows)}\n\n"
+        f"spread of finishing times: {', '.join(f'{kind} {value:.1%}' for kind, value in spread.items())}"
+    )
 
 
 if __name__ == "__main__":
