@@ -62,7 +62,7 @@ class PartitionSpec(Spec):
 
 
 class DataSpec(Spec):
-    """Where examples are and what their columns mean. Paths are relative to the config file; a worker needs full ones."""
+    """Where examples are and what their columns mean. Paths are relative to the config file, full for a worker."""
 
     train: str = Field(
         description="Training rows (.jsonl, .csv or .parquet, .gz too); `{edge_id}` in the path is replaced, "
