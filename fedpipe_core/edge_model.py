@@ -81,13 +81,18 @@ def with_frozen_right_factors(edge: EdgeModel) -> EdgeModel:
 
 
 def load_adapter(edge: EdgeModel, trained: Adapter, tail: Mapping[str, LowRank]) -> None:
-    """Load what `split_for_edge` made of the global adapter. An empty tail costs nothing in the forward pass."""
+    """Load what `split_for_edge` made of the global adapter. An empty tail costs nothing in the forward pass.
+
+    A tail may be larger than the room it was given, since flora_stack never truncates; the room grows with it.
+    """
     with torch.no_grad():
         for name in edge.ranks:
             factors = trained.factors[name]
             _fill(edge.model, name, TRAINED, LowRank(factors.B / edge.scaling, factors.A))
-        for name, rank in edge.tail_ranks.items():
-            _fill(edge.model, name, TAIL, tail.get(name), rank)
+        for name in edge.tail_ranks:
+            if name in tail:
+                _make_room(edge.model, name, tail[name].rank)
+            _fill(edge.model, name, TAIL, tail.get(name))
         for name, parameter in head_parameters(edge.model).items():
             parameter.copy_(trained.head[name])
     _activate(edge, tail=bool(tail))
@@ -111,8 +116,8 @@ def build_global_model(base: nn.Module, rank_cap: int) -> EdgeModel:
 def load_global_adapter(edge: EdgeModel, adapter: Adapter) -> None:
     """Load a whole adapter, of any ranks up to those of the instance, into one made by `build_global_model`."""
     with torch.no_grad():
-        for name, rank in edge.ranks.items():
-            _fill(edge.model, name, TRAINED, adapter.factors.get(name), rank)
+        for name in edge.ranks:
+            _fill(edge.model, name, TRAINED, adapter.factors.get(name))
         for name, parameter in head_parameters(edge.model).items():
             parameter.copy_(adapter.head[name])
 
@@ -169,7 +174,7 @@ def _factors(model: nn.Module, name: str, adapter: str) -> tuple[nn.Parameter, n
     return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight  # type: ignore[index, union-attr]
 
 
-def _fill(model: nn.Module, name: str, adapter: str, factors: LowRank | None, rank: int | None = None) -> None:
+def _fill(model: nn.Module, name: str, adapter: str, factors: LowRank | None) -> None:
     """Copy factors into a layer; components beyond theirs are zero."""
     B, A = _factors(model, name, adapter)
     B.zero_()
@@ -177,6 +182,15 @@ def _fill(model: nn.Module, name: str, adapter: str, factors: LowRank | None, ra
     if factors is not None:
         B[:, : factors.rank] = factors.B.to(B)
         A[: factors.rank] = factors.A.to(A)
+
+
+def _make_room(model: nn.Module, name: str, rank: int) -> None:
+    """Replace a layer's tail by one of `rank` components when it has fewer."""
+    layer: Any = model.get_submodule(name)
+    B, A = _factors(model, name, TAIL)
+    if A.shape[0] < rank:
+        layer.lora_B[TAIL].weight = nn.Parameter(B.new_zeros(B.shape[0], rank), requires_grad=False)
+        layer.lora_A[TAIL].weight = nn.Parameter(A.new_zeros(rank, A.shape[1]), requires_grad=False)
 
 
 def _to_cpu(parameter: Tensor) -> Tensor:

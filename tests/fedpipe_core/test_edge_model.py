@@ -10,7 +10,7 @@ from torch import nn
 from transformers import ModernBertConfig
 from transformers.models.auto import AutoModelForSequenceClassification
 
-from fedpipe_core.adapters import Adapter, initial_adapter, split_for_edge
+from fedpipe_core.adapters import Adapter, fresh_for_edge, initial_adapter, split_for_edge
 from fedpipe_core.architecture import adaptable_modules, head_parameters
 from fedpipe_core.batches import pad_batch
 from fedpipe_core.config import TrainingSpec
@@ -213,6 +213,18 @@ def test_a_tail_has_room_in_the_named_modules_alone(tiny_base):
     edge = build_edge_model(base, {names[0]: 2}, 4, 1.0, modules=names[:2])
     assert edge.tail_ranks == {names[0]: 2, names[1]: 4}
     assert not hasattr(edge.model.get_submodule(names[2]), "lora_A")
+
+
+def test_a_tail_that_is_never_truncated_finds_room(tiny_base):
+    base = tiny_base("bert").model
+    ranks = dict.fromkeys(adaptable_modules(base), 2)
+    edge = build_edge_model(base, ranks, 3, 1.0)
+    for rank in (1, 9, 4):
+        adapter = random_adapter(base, dict.fromkeys(ranks, rank))
+        load_adapter(edge, *fresh_for_edge(adapter, ranks, seed=0))
+        whole = build_global_model(base, rank)
+        load_global_adapter(whole, adapter)
+        torch.testing.assert_close(logits(edge), logits(whole), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
