@@ -83,7 +83,7 @@ def screen_updates(updates: Sequence[Update], spec: AggregationSpec) -> tuple[li
     module; the head likewise. Above `outlier_factor` times that (its square while fewer than three edges can form a
     majority) the policy decides: `reject` refuses, `clip` scales the change down to the usual norm, `accept` takes it.
 
-    Direction, unless the policy is `accept` and with four edges or more: refused is an edge whose change has a cosine
+    Direction, unless the policy is `accept` and with four edges or more: refused is an edge whose way has a cosine
     with the sum of the others' below −0.15 and below −3/4 of the median of what the others have, if that median
     exceeds 0.05. Edges that merely differ, or that all oppose each other because their labels do, keep it low and
     stay. The head is left out: with labels of their own, honest edges push its rows apart.

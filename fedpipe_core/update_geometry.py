@@ -4,13 +4,13 @@ From these follow the edges' weights under a robust center. Which update is refu
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from fedpipe_core.adapters import Adapter
 from fedpipe_core.config import AggregationSpec
-from fedpipe_core.low_rank import LowRank, RunningSum, change
+from fedpipe_core.low_rank import LowRank, RunningSum, change, stacked
 
 WEISZFELD_STEPS = 8
 SMOOTHING = 0.1  # share of the median distance below which nearness to the center adds no more weight
@@ -29,10 +29,23 @@ class Update:
         """What the edge changed in one module."""
         return change(self.start.factors[module], self.trained.factors[module])
 
+    def first_order_change(self, module: str) -> LowRank:
+        """What a small step along the edge's way changes: (B − B⁰)·A⁰ + B⁰·(A − A⁰).
+
+        It turns round exactly when an edge reverses its factors' changes; of the whole change (B − B⁰)·(A − A⁰) stays.
+        """
+        start, trained = self.start.factors[module], self.trained.factors[module]
+        if start.rank != trained.rank:  # the start with directions of change behind it: linear already
+            return self.change(module)
+        return stacked([LowRank(trained.B - start.B, start.A), LowRank(start.B, trained.A - start.A)])
+
     def head_norm(self) -> float:
         """Norm of what the edge changed in the head."""
         pairs = [(self.trained.head[name], self.start.head[name]) for name in self.start.head]
         return math.sqrt(sum(float((trained.double() - start.double()).square().sum()) for trained, start in pairs))
+
+
+ChangeOf = Callable[[Update, str], LowRank]
 
 
 @dataclass(frozen=True)
@@ -47,12 +60,12 @@ class Alignment:
         return max(sum(values.get(module, 0.0) for values in self.with_sum.values()), 0.0)
 
 
-def change_norms(update: Update) -> dict[str, float]:
+def change_norms(update: Update, change_of: ChangeOf = Update.change) -> dict[str, float]:
     """Norm of the change of every module the edge trained."""
-    return {module: update.change(module).norm() for module in update.trained.factors}
+    return {module: change_of(update, module).norm() for module in update.trained.factors}
 
 
-def align(updates: Sequence[Update], scales: Mapping[str, float]) -> Alignment:
+def align(updates: Sequence[Update], scales: Mapping[str, float], change_of: ChangeOf = Update.change) -> Alignment:
     """How each scaled change lies to their sum, one module at a time in O((out + in)·R) per edge, R the summed rank."""
     with_sum: dict[str, dict[str, float]] = {update.edge_id: {} for update in updates}
     with_itself: dict[str, dict[str, float]] = {update.edge_id: {} for update in updates}
@@ -60,21 +73,22 @@ def align(updates: Sequence[Update], scales: Mapping[str, float]) -> Alignment:
         holders = [update for update in updates if module in update.trained.factors]
         total = RunningSum()
         for update in holders:
-            total.add(update.change(module), scales[update.edge_id])
+            total.add(change_of(update, module), scales[update.edge_id])
         for update in holders:
-            changed, scale = update.change(module), scales[update.edge_id]
+            changed, scale = change_of(update, module), scales[update.edge_id]
             with_sum[update.edge_id][module] = scale * total.inner(changed)
             with_itself[update.edge_id][module] = (scale * changed.norm()) ** 2
     return Alignment(with_sum, with_itself)
 
 
 def cosines_with_the_rest(updates: Sequence[Update]) -> dict[str, float]:
-    """Cosine between each edge's change and the sum of the others', each change scaled to norm 1 so that none rules.
+    """Cosine between each edge's first-order change and the sum of the others', each scaled to norm 1 so none rules.
 
     Only the modules an edge trained are compared; 0 where nothing is comparable.
     """
-    norms = {update.edge_id: math.hypot(*change_norms(update).values()) for update in updates}
-    alignment = align(updates, {edge: 1.0 / norm if norm else 0.0 for edge, norm in norms.items()})
+    first = Update.first_order_change
+    norms = {update.edge_id: math.hypot(*change_norms(update, first).values()) for update in updates}
+    alignment = align(updates, {edge: 1.0 / norm if norm else 0.0 for edge, norm in norms.items()}, first)
     cosines = {}
     for edge, with_sum in alignment.with_sum.items():
         own = alignment.with_itself[edge]

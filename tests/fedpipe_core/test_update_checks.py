@@ -170,6 +170,15 @@ def test_a_change_with_its_sign_flipped_is_refused(agreement, seed):
     assert "opposes the other edges' with cosine -" in refused["edge-2"]
 
 
+@pytest.mark.parametrize("size", [0.1, 1.0, 3.0])
+def test_reversed_factors_are_refused_however_far_they_went(size):
+    updates = _updates(size=size)
+    begin, end = updates[1].start.factors["m"], updates[1].trained.factors["m"]
+    back = LowRank(begin.B - (end.B - begin.B), begin.A - (end.A - begin.A))
+    attacked = [updates[0], _with_factors(updates[1], back), *updates[2:]]
+    assert list(screen_updates(attacked, AggregationSpec(outlier_factor=100.0))[1]) == ["edge-1"]
+
+
 def test_two_of_seven_flipped_changes_are_refused():
     updates = _updates(7)
     attacked = [_scaled(updates[0], -1.0), _scaled(updates[1], -1.0), *updates[2:]]
