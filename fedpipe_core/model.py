@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedpipe_core.allocator import return_freed_memory
 from fedpipe_core.architecture import (
     adaptable_modules,
     block_prefixes,
@@ -65,6 +66,7 @@ def load_base(spec: ModelSpec, labels: int, bits: int, seed: int) -> Base:
 
     Raises ModelError when the folder cannot be read as a model of the configured task.
     """
+    return_freed_memory()
     folder = resolve_base(spec.base)
     tokenizer = _load_tokenizer(folder, spec)
     model = _load_model(folder, spec, labels, bits, seed)
