@@ -1,14 +1,12 @@
-"""One configuration of benchmarks/costs.py, trained in a process of its own; prints what was measured as JSON.
+"""One configuration of benchmarks/costs.py, trained in a process of its own.
 
-What a process held before it loaded the base is its baseline: the libraries, warmed up on a small model. The peak is
+What a process holds before it loads the base is its baseline: the libraries, warmed up on a small model. The peak is
 the kernel's (VmHWM), of loading, building and training alike. Only then is the edge profiled, as `fedpipe` profiles it:
 on the dense base with two small batches. Time is the thread's CPU time, since other work shares the machine; the
 fastest step counts.
 """
 
 import gc
-import json
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes  # noqa: F401  imported before the baseline is taken, like peft
+import peft  # noqa: F401
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -27,12 +27,13 @@ from fedpipe_core.costs import CostModel, Work
 from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter
 from fedpipe_core.memory import training_memory_bytes
 from fedpipe_core.model import load_base
-from fedpipe_core.profiling import PROBE_SIZES
+from fedpipe_core.profiling import probe_sizes
 from fedpipe_core.resources import measured_activation_cost, measured_step_cost
 from fedpipe_core.schemas import EdgeProfile, ModelShape
 from fedpipe_core.training import train
 
 LABELS = 150
+BATCH_SIZES = (8, 16, 32, 64)  # the menu that a plan would choose from
 IDS = (1000, 8000)  # token ids of the random rows; special tokens lie below
 
 
@@ -51,7 +52,7 @@ class Configuration:
     bits: int
     checkpointing: bool = False
     global_rank: int = 0
-    steps: int = 4
+    steps: int = 3
     folder: str = ""
 
     @property
@@ -115,7 +116,7 @@ def train_and_time(edge: EdgeModel, batch: Batch, steps: int) -> list[float]:
 def measured_profile(configuration: Configuration) -> tuple[ModelShape, EdgeProfile]:
     """What `fedpipe` would know of this edge, importance aside."""
     base = load_base(ModelSpec(base=configuration.folder), LABELS, 16 if configuration.bits == 16 else 32, seed=0)
-    small, large = (random_batch(rows, configuration.tokens) for rows in PROBE_SIZES)
+    small, large = (random_batch(rows, configuration.tokens) for rows in probe_sizes(BATCH_SIZES))
     profile = EdgeProfile(
         edge_id="edge",
         num_examples=configuration.batch_size,
@@ -139,23 +140,19 @@ def memory_of_process(key: str) -> int:
     return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1]) * 1024
 
 
-def warm_up(bits: int) -> None:
-    """Let every library make what it makes once: a first step of a tiny model, quantized if the base will be."""
+def warm_up() -> None:
+    """Let every library make what it makes once: a first step of a tiny model."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     model: Any = BertForSequenceClassification(BertConfig(vocab_size=50, **sizes))
-    if bits < 16:
-        import bitsandbytes  # noqa: F401
-    import peft  # noqa: F401
-
     optimizer = torch.optim.AdamW(model.parameters())
     model(input_ids=torch.ones(2, 4, dtype=torch.long)).logits.sum().backward()
     optimizer.step()
 
 
-def measure(configuration: Configuration) -> dict[str, Any]:
+def measure_one(configuration: Configuration) -> dict[str, Any]:
     """Train, then profile and predict."""
     torch.set_num_threads(1)
-    warm_up(configuration.bits)
+    warm_up()
     gc.collect()
     baseline = memory_of_process("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -183,7 +180,3 @@ def measure(configuration: Configuration) -> dict[str, Any]:
         "step_cost": profile.step_cost.model_dump(),
         "activation_cost": profile.activation_cost.model_dump(exclude={"per_token_module_bytes"}),
     }
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(Configuration(**json.loads(sys.argv[1])))))

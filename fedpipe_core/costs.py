@@ -72,7 +72,10 @@ class CostModel:
         return self.resident_bytes(work.base_bits) + adapters + activations + tokens * self.adapter_activations(work)
 
     def step_seconds(self, work: Work, lowest_block: int) -> float:
-        """fixed + tokens·(per_token·bits_factor·products/2 + per_token_rank·Σ rank·(out+in)·products/3)."""
+        """fixed + tokens·(per_token·bits_factor·products/2 + Σ (per_token_feature + per_token_rank·rank)·(out+in)).
+
+        An adapter's share is that of a trained one, of three products; a frozen one makes two.
+        """
         tokens = self.batch_examples(work.batch_size) * self.profile.tokens_per_example
         adapters = sum(
             self.adapter_seconds_per_token(name, work.ranks.get(name, 0), lowest_block, work.checkpointing)
@@ -141,12 +144,12 @@ class CostModel:
 
     def adapter_seconds_per_token(self, module: str, rank: int, lowest_block: int, checkpointing: bool) -> float:
         """Three products for a trained rank, two for a rank of the tail, one below the reached blocks."""
-        tail = max(0, self.global_ranks.get(module, 0) - rank)
-        work = self.profile.step_cost.per_token_rank_seconds * self._features(module)
+        trained = self._adapter_products(rank, module)
+        tail = self._adapter_products(max(0, self.global_ranks.get(module, 0) - rank), module)
         if self.shape.modules[module].layer < lowest_block:
-            return work * tail * (1 - TAIL_SHARE)
+            return tail * (1 - TAIL_SHARE)
         recomputed = (1 - TAIL_SHARE) * checkpointing
-        return work * (rank * (1 + recomputed) + tail * (TAIL_SHARE + recomputed))
+        return trained * (1 + recomputed) + tail * (TAIL_SHARE + recomputed)
 
     def idle_seconds(self, bits: int, transferred_bytes: float) -> float:
         """Seconds of a round outside its steps: transfer, and a forward pass over the validation rows."""
@@ -180,6 +183,12 @@ class CostModel:
     @cached_property
     def _largest_matrix(self) -> int:
         return max((m.out_features * m.in_features for m in self.shape.modules.values()), default=0)
+
+    def _adapter_products(self, rank: int, module: str) -> float:
+        """Seconds per token of an adapter's three products."""
+        cost = self.profile.step_cost
+        each = cost.per_token_feature_seconds + cost.per_token_rank_seconds * rank if rank else 0.0
+        return each * self._features(module)
 
     def _features(self, module: str) -> int:
         shape = self.shape.modules[module]

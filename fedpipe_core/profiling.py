@@ -5,6 +5,7 @@ Declared resources replace measured ones, so that a plan made of declarations is
 
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedpipe_core.batches import (
@@ -23,7 +24,7 @@ from fedpipe_core.resources import declared_step_cost, free_memory_bytes, measur
 from fedpipe_core.schemas import EdgeProfile, ModelShape
 
 GIB = 2**30
-PROBE_SIZES = (2, 8)  # examples of the batches on which activations and step time are measured
+MOST_PROBED = 16  # examples; on a CPU a token costs more once tensors exceed a MiB, which a smaller batch would hide
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def profile_edge(
     started = time.perf_counter()
     declared = next(edge.resources for edge in config.edges if edge.edge_id == edge_id)
     scores = _scores(edge_id, base, data, config)
-    small, large = (_probe_batch(data.train, size) for size in PROBE_SIZES)
+    small, large = (_probe_batch(data.train, size) for size in probe_sizes(config.planning.batch_sizes))
     return EdgeProfile(
         edge_id=edge_id,
         num_examples=len(data.train),
@@ -66,6 +67,12 @@ def profile_edge(
         declared=declared is not None,
         profile_seconds=time.perf_counter() - started,
     )
+
+
+def probe_sizes(batch_sizes: Sequence[int]) -> tuple[int, int]:
+    """Examples of the two batches on which activations and step time are measured, none larger than a plan's may be."""
+    large = min(MOST_PROBED, max(batch_sizes))
+    return max(1, large // 8), large
 
 
 def _scores(edge_id: str, base: Base, data: EdgeData, config: FederationConfig) -> dict[str, list[float]]:

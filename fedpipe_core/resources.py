@@ -21,8 +21,8 @@ from fedpipe_core.schemas import ActivationCost, ModelShape, StepCost
 from fedpipe_core.training import classification_loss
 
 CGROUP = Path("/sys/fs/cgroup")
-TIMED_RANKS = (2, 16)
-TIMED_STEPS = 3
+TIMED_RANKS = (2, 32)
+TIMED_STEPS = 2
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -68,28 +68,29 @@ def declared_step_cost(tokens_per_second: float, step_seconds: float, shape: Mod
 def measured_step_cost(
     base: nn.Module, small: Batch, large: Batch, clock: Callable[[], float] = time.perf_counter
 ) -> StepCost:
-    """Time a few steps at two batch sizes and two ranks, and fit seconds = c0 + c1·tokens + c2·tokens·Σ rank·(out+in).
+    """Time a few steps of four kinds and solve for the four coefficients of `StepCost`, none below 0.
 
-    `small` and `large` are batches of the edge's own data. The fit is least squares with coefficients ≥ 0; each
-    configuration counts with the fastest of its steps, since other work can only slow one down. `clock` gives seconds:
-    wall time, which a round is made of, or another that a comparison needs.
+    The kinds: no adapter, and adapters of two ranks on every module, with the large batch; the lower rank with the
+    small batch. `small` and `large` are batches of the edge's own data. Each kind counts with the fastest of its steps,
+    since other work can only slow one down. `clock` gives seconds: wall time, which a round is made of, or another that
+    a comparison needs.
     """
+    low, high = TIMED_RANKS
+    features = sum(shape.out_features + shape.in_features for shape in adaptable_modules(base).values())
     rows, seconds = [], []
-    for rank in TIMED_RANKS:
-        step = _trainable_step(base, rank)
-        size = rank * sum(shape.out_features + shape.in_features for shape in adaptable_modules(base).values())
-        for batch in (small, large):
-            tokens = batch["input_ids"].numel()
-            rows.append([1.0, float(tokens), float(tokens * size)])
-            seconds.append(_fastest_seconds(step, batch, device_of(base), clock))
+    for rank, batch in ((0, large), (low, small), (low, large), (high, large)):
+        tokens = float(batch["input_ids"].numel())
+        rows.append([1.0, tokens, tokens * features * (rank > 0), tokens * features * rank])
+        step = _adapted_step(base, rank) if rank else _plain_step(base)
+        seconds.append(_fastest_seconds(step, batch, device_of(base), clock))
     matrix = torch.tensor(rows, dtype=torch.float64)
     scale = matrix.amax(dim=0)
     fitted = nnls((matrix / scale).numpy(), seconds)[0] / scale.numpy()
-    fallback = min(second / row[1] for second, row in zip(seconds, rows, strict=True))
     return StepCost(
         fixed_seconds=float(fitted[0]),
-        per_token_seconds=float(fitted[1]) or fallback,
-        per_token_rank_seconds=float(fitted[2]),
+        per_token_seconds=float(fitted[1]) or seconds[0] / rows[0][1],
+        per_token_feature_seconds=float(fitted[2]),
+        per_token_rank_seconds=float(fitted[3]),
     )
 
 
@@ -98,9 +99,7 @@ def measured_activation_cost(base: nn.Module, small: Batch, large: Batch) -> Act
 
     Exact, and costs two forward passes: tensors are counted as autograd saves them, each storage once.
     """
-    model = share(base)
-    own_head(model)
-    model.get_input_embeddings().register_forward_hook(lambda *call: call[2].requires_grad_(True))  # type: ignore[operator]
+    model = _reached_to_the_first_block(base)
     inputs: dict[str, Tensor] = {}
     for name in adaptable_modules(model):
         model.get_submodule(name).register_forward_pre_hook(_remember_input(inputs, name))
@@ -149,17 +148,35 @@ def _unkept_bytes(value: Tensor, kept: set[int]) -> int:
     return 0 if storage.data_ptr() in kept else storage.nbytes()
 
 
-def _trainable_step(base: nn.Module, rank: int) -> Callable[[Mapping[str, Tensor]], None]:
+def _reached_to_the_first_block(base: nn.Module) -> nn.Module:
+    """An instance without adapters whose gradients flow through all its blocks."""
+    model = share(base)
+    own_head(model)
+    model.get_input_embeddings().register_forward_hook(lambda *call: call[2].requires_grad_(True))  # type: ignore[operator]
+    return model
+
+
+def _plain_step(base: nn.Module) -> Callable[[Mapping[str, Tensor]], None]:
+    """One optimizer step of a throw-away instance that trains its head alone."""
+    model = _reached_to_the_first_block(base)
+    return _step(model, head_parameters(model).values())
+
+
+def _adapted_step(base: nn.Module, rank: int) -> Callable[[Mapping[str, Tensor]], None]:
     """One optimizer step of a throw-away instance with every module adapted at `rank`."""
     shapes = adaptable_modules(base)
     ranks = dict.fromkeys(shapes, rank)
     edge = build_edge_model(base, ranks, rank, scaling=1.0)
     head = {name: value.detach().clone() for name, value in head_parameters(edge.model).items()}
     load_adapter(edge, *split_for_edge(initial_adapter(shapes, rank, head, seed=0), ranks, seed=0))
-    optimizer = torch.optim.AdamW([*edge.adapter_parameters(), *edge.head_parameters()], lr=1e-5)
+    return _step(edge.model, [*edge.adapter_parameters(), *edge.head_parameters()])
+
+
+def _step(model: nn.Module, trained: Iterable[nn.Parameter]) -> Callable[[Mapping[str, Tensor]], None]:
+    optimizer = torch.optim.AdamW(list(trained), lr=1e-5)
 
     def step(batch: Mapping[str, Tensor]) -> None:
-        classification_loss(edge.model, batch).backward()  # type: ignore[no-untyped-call]
+        classification_loss(model, batch).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

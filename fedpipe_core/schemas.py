@@ -52,13 +52,15 @@ class ModelShape(Record):
 
 
 class StepCost(Record):
-    """Seconds of one optimizer step: fixed + per_token·tokens + per_token_rank·tokens·Σ rank·(out+in).
+    """Seconds of one optimizer step: fixed + tokens·(per_token + Σ (per_token_feature + per_token_rank·rank)·(out+in)).
 
-    Coefficients hold for gradients that flow to the first block, without checkpointing, on a dense base.
+    The sum is over the adapters. Coefficients hold for gradients that flow to the first block, without checkpointing,
+    on a dense base.
     """
 
     fixed_seconds: FiniteFloat = Field(ge=0)
     per_token_seconds: FiniteFloat = Field(gt=0)
+    per_token_feature_seconds: FiniteFloat = Field(0.0, ge=0, description="What an adapter takes whatever its rank")
     per_token_rank_seconds: FiniteFloat = Field(ge=0)
     bits_factors: dict[int, FiniteFloat] = Field(
         default_factory=dict, description="Factor on per_token_seconds for a base of that many bits; 1 when left out"

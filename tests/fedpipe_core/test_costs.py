@@ -48,6 +48,17 @@ def test_round_seconds_add_up_steps_transfer_and_validation():
     assert cost.round_seconds == pytest.approx(steps + transfer + 10 * 16 * 1e-2 / 2)
 
 
+def test_an_adapter_takes_time_of_its_own_whatever_its_rank_and_a_frozen_one_two_thirds():
+    shape = tiny_model()
+    cost = StepCost(
+        fixed_seconds=0.0, per_token_seconds=1.0, per_token_feature_seconds=1e-2, per_token_rank_seconds=1e-3
+    )
+    model = CostModel(shape, make_profile(shape, step_cost=cost), {"layer.0.in": 4})
+    trained, tail = 24 * (1e-2 + 1e-3 * 3), 24 * (1e-2 + 1e-3)
+    assert model.adapter_seconds_per_token("layer.0.in", 3, 0, False) == pytest.approx(trained + tail * 2 / 3)
+    assert model.adapter_seconds_per_token("layer.1.in", 0, 0, False) == 0
+
+
 def test_adapters_in_the_last_block_alone_cost_less_time_and_memory_than_in_the_first():
     top, bottom = (predict(ENCODER, PROFILE, {name: 8}, 16, 10, 32) for name in (TOP, BOTTOM))
     assert top.peak_memory_bytes < bottom.peak_memory_bytes

@@ -8,7 +8,7 @@ from fedpipe_core.batches import TokenizedExamples, longest_example_tokens, toke
 from fedpipe_core.config import FederationConfig, parse_config
 from fedpipe_core.errors import DataError, RunError
 from fedpipe_core.model import Base
-from fedpipe_core.profiling import EdgeData, profile_edge
+from fedpipe_core.profiling import EdgeData, probe_sizes, profile_edge
 from fedpipe_core.schemas import EdgeProfile
 
 DECLARED = {"memory_gib": 2, "tokens_per_second": 400, "bandwidth_mbit": 80}
@@ -87,3 +87,8 @@ def test_an_edge_without_rows_cannot_be_profiled(tiny_base):
 def test_a_link_that_is_neither_declared_nor_measured_is_refused(tiny_base):
     with pytest.raises(RunError, match=r"edge-01: the link to the store was not measured"):
         profile(tiny_base("bert"), config_of(None), bandwidth=None)
+
+
+@pytest.mark.parametrize(("menu", "sizes"), [((8, 16, 64), (2, 16)), ((4, 8), (1, 8)), ((1,), (1, 1))])
+def test_a_probe_is_no_larger_than_the_largest_batch_a_plan_may_have(menu, sizes):
+    assert probe_sizes(menu) == sizes

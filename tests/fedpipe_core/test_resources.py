@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from tiny_models import tiny_examples
@@ -116,6 +118,13 @@ def test_measured_step_cost_has_no_negative_coefficient_and_grows_with_tokens(ti
 def test_measured_step_cost_has_a_price_per_token_when_both_batches_are_equal(tiny_base):
     batch = batch_of(1, 4)
     assert measured_step_cost(tiny_base("bert").model, batch, batch).per_token_seconds > 0
+
+
+def test_steps_that_all_take_the_same_time_cost_a_fixed_time(tiny_base):
+    ticks = itertools.count()
+    cost = measured_step_cost(tiny_base("bert").model, batch_of(1, 4), batch_of(8, 8), lambda: float(next(ticks)))
+    assert cost.fixed_seconds == pytest.approx(1.0)
+    assert (cost.per_token_feature_seconds, cost.per_token_rank_seconds) == pytest.approx((0, 0), abs=1e-9)
 
 
 def test_declared_step_cost_prices_a_rank_by_its_share_of_the_work(tiny_base):
