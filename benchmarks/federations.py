@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import subprocess
 import tempfile
 import time
 import warnings
@@ -51,6 +52,10 @@ MATRICES = (
     "output.dense",
 )
 MODULES = [f"bert.encoder.layer.{block}.{matrix}" for block in BLOCKS for matrix in MATRICES]
+# The commit whose code this process runs; the checkout may have moved on when a run is kept.
+COMMIT = subprocess.run(
+    ["git", "rev-parse", "HEAD"], cwd=FOLDER, capture_output=True, text=True, check=False
+).stdout.strip()
 
 Run = dict[str, Any]
 _HELD_OUT: list[TokenizedExamples] = []
@@ -141,7 +146,7 @@ def run_federation(config: FederationConfig, attack: Attack | None = None) -> Ru
     with tempfile.TemporaryDirectory() as folder, disable_run_logger():
         config = config.model_copy(update={"store": f"{folder}/store"})
         coordinator = Coordinator(config, open_store(config.store), RunKeys("run"))
-        record = federation.open_federation(config, coordinator.store, coordinator.keys, resume=False)
+        federation.open_federation(config, coordinator.store, coordinator.keys, resume=False)
         plan = pinned_plan(config)
         federation.adopt_plan(coordinator, SavedPlan(plan=plan, profiles={}))
         federation.publish_first_adapter.fn(coordinator, plan)
@@ -149,7 +154,7 @@ def run_federation(config: FederationConfig, attack: Attack | None = None) -> Ru
         sessions = [_session(coordinator, spec) for spec in config.edges]
         rounds = [_round(coordinator, sessions, plan, index + 1, attack) for index in range(config.rounds)]
     return {
-        "commit": record.code_commit,
+        "commit": COMMIT,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "seed": config.seed,
         "seconds": round(time.perf_counter() - started, 1),
