@@ -4,9 +4,10 @@ Both tests between edges work on the products' changes (`update_geometry`). The 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,8 +77,16 @@ def _check_tensor(what: str, value: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def screen_updates(updates: Sequence[Update], spec: AggregationSpec) -> tuple[list[Update], dict[str, str]]:
-    """Test finite updates against each other: (those that count, perhaps clipped; reason of each refused edge).
+class Screening(NamedTuple):
+    """Updates that count, the reason of each refused edge, and the edges that must agree before they count again."""
+
+    counted: list[Update]
+    refused: dict[str, str]
+    opposed: tuple[str, ...]
+
+
+def screen_updates(updates: Sequence[Update], spec: AggregationSpec, opposed: Collection[str] = ()) -> Screening:
+    """Test finite updates against each other; `opposed` is what the round before returned under that name.
 
     Magnitude: over the modules an edge trained, ‖D_k‖ against the norms that are the median of the other edges' per
     module; the head likewise. Above `outlier_factor` times that (its square while fewer than three edges can form a
@@ -86,17 +95,21 @@ def screen_updates(updates: Sequence[Update], spec: AggregationSpec) -> tuple[li
     Direction, unless the policy is `accept` and with four edges or more: refused is an edge whose way has a cosine
     with the sum of the others' below −0.15 and below −3/4 of the median of what the others have, if that median
     exceeds 0.05. Edges that merely differ, or that all oppose each other because their labels do, keep it low and
-    stay. The head is left out: with labels of their own, honest edges push its rows apart.
+    stay. The head is left out: with labels of their own, honest edges push its rows apart. An edge once refused for
+    its direction counts again when its cosine exceeds 0.05: as honest edges part ways, a reversed one stands out less.
     """
     ordered = sorted(updates, key=lambda update: update.edge_id)
     if spec.outliers == "accept":
-        return ordered, {}
+        return Screening(ordered, {}, ())
     counted, refused = _screen_magnitude(ordered, spec)
+    reversed_now = _still_opposed(counted, opposed)
+    agreed = {update.edge_id for update in counted} - set(reversed_now)
+    counted = [update for update in counted if update.edge_id not in reversed_now]
     while reversed_edge := _most_reversed(counted):
         edge, reason = reversed_edge
-        refused[edge] = reason
+        reversed_now[edge] = reason
         counted = [update for update in counted if update.edge_id != edge]
-    return counted, refused
+    return Screening(counted, refused | reversed_now, tuple(sorted({*opposed} - agreed | set(reversed_now))))
 
 
 def _screen_magnitude(ordered: Sequence[Update], spec: AggregationSpec) -> tuple[list[Update], dict[str, str]]:
@@ -174,6 +187,22 @@ def _share_within(update: Update, limit: float) -> float:
         squared = middle**2 * first + 2 * middle**3 * mixed + middle**4 * second
         low, high = (middle, high) if squared <= limit**2 else (low, middle)
     return high if high == 1.0 else low
+
+
+def _still_opposed(updates: Sequence[Update], opposed: Collection[str]) -> dict[str, str]:
+    """Reasons of the edges that opposed the others before and do not agree with them yet."""
+    others = [update for update in updates if update.edge_id not in opposed]
+    reasons = {}
+    for update in updates:
+        if update.edge_id in opposed:
+            cosine = cosines_with_the_rest([*others, update])[update.edge_id]
+            if cosine <= LEAST_AGREEMENT:
+                reasons[update.edge_id] = (
+                    f"{update.edge_id}: its change opposed the other edges' before, and has a cosine of {cosine:.2f} "
+                    f"with them now, needed more than {LEAST_AGREEMENT:g}; check its labels and its loss, or set "
+                    "aggregation.outliers to accept"
+                )
+    return reasons
 
 
 def _most_reversed(updates: Sequence[Update]) -> tuple[str, str] | None:

@@ -181,7 +181,7 @@ def publish_first_adapter(coordinator: Coordinator, federation_plan: FederationP
     shapes = {name: shape for name, shape in coordinator.shape.modules.items() if name in planned}
     head = {name: value.detach().float().cpu() for name, value in head_parameters(coordinator.base.model).items()}
     adapter = initial_adapter(shapes, federation_plan.largest_rank, head, coordinator.config.seed)
-    _publish_adapter(coordinator, 1, adapter, counted={}, dropped={})
+    _publish_adapter(coordinator, 1, adapter, counted={}, dropped={}, opposed=())
 
 
 @task(task_run_name="round {round_index} aggregate", cache_policy=NO_CACHE)
@@ -195,15 +195,15 @@ def aggregate_round(coordinator: Coordinator, federation_plan: FederationPlan, r
         return known
     with progress.working("coordinator", "aggregate"):
         torch.set_num_threads(1)  # factors are small: threads that wait for each other cost more than they save
-        _, previous = read_global(coordinator.store, coordinator.keys, round_index)
+        record, previous = read_global(coordinator.store, coordinator.keys, round_index)
         updates, hashes, dropped = _read_updates(coordinator, federation_plan, previous, round_index)
-        counted, refused = screen_updates(updates, coordinator.config.aggregation)
+        counted, refused, opposed = screen_updates(updates, coordinator.config.aggregation, record.opposed)
         dropped |= refused
         _require_quorum(coordinator.config, round_index, len(counted), dropped)
         before = _before_previous(coordinator, round_index)
         found = aggregate(previous, counted, coordinator.config.aggregation, before)
     used = {update.edge_id: hashes[update.edge_id] for update in counted}
-    return _publish_adapter(coordinator, round_index + 1, found.adapter, used, dropped)
+    return _publish_adapter(coordinator, round_index + 1, found.adapter, used, dropped, opposed)
 
 
 @task(task_run_name="round {round_index} evaluate", cache_policy=NO_CACHE)
@@ -275,7 +275,12 @@ def _changed_keys(known: object, now: object, prefix: str = "") -> list[str]:
 
 
 def _publish_adapter(
-    coordinator: Coordinator, round_index: int, adapter: Adapter, counted: dict[str, str], dropped: dict[str, str]
+    coordinator: Coordinator,
+    round_index: int,
+    adapter: Adapter,
+    counted: dict[str, str],
+    dropped: dict[str, str],
+    opposed: tuple[str, ...],
 ) -> GlobalRecord:
     # Edges keep what a short format leaves out of their updates; nobody keeps it for the global adapter, which every
     # round builds on, so it is never shorter than bf16.
@@ -288,6 +293,7 @@ def _publish_adapter(
         adapter=put_data(coordinator.store, keys.global_data(round_index), encode_adapter(adapter, dtype)),
         counted=counted,
         dropped=dropped,
+        opposed=opposed,
         ranks=adapter.ranks,
     )
     put_record(coordinator.store, keys.global_record(round_index), record)
