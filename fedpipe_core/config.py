@@ -362,12 +362,20 @@ def parse_config(document: dict[str, Any], source: str = "config") -> Federation
 
 def _describe_faults(error: ValidationError) -> str:
     lines = []
-    for fault in error.errors(include_url=False):
+    for fault in _root_faults(error):
         location = ".".join(str(part) for part in fault["loc"]) or "the whole"
         found = "" if fault["type"] in ("missing", "value_error") else f", found {_shorten(fault['input'])}"
         lines.append(f"  {location}: {_wording(fault)}{found}")
     count = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
     return f"{count} (`fedpipe schema` prints what is allowed):\n" + "\n".join(lines)
+
+
+def _root_faults(error: ValidationError) -> list[Any]:
+    """All faults but those that only follow from one inside them: a list whose items are wrong counts as too short."""
+    faults = error.errors(include_url=False)
+    places = [fault["loc"] for fault in faults]
+    follows = {loc for loc in places for inner in places if len(inner) > len(loc) and inner[: len(loc)] == loc}
+    return [fault for fault in faults if fault["loc"] not in follows or fault["type"] != "too_short"]
 
 
 def _wording(fault: Any) -> str:
@@ -389,7 +397,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"config {path} holds {type(document).__name__}, needed a mapping of keys to values")
-    return document
+    return {key: _unshared(value) for key, value in document.items()}
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which what YAML anchors repeat is there once for every place, so that one can be overridden alone."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _apply_override(document: dict[str, Any], override: str) -> None:
@@ -399,24 +414,29 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     target: Any = document
     for part in parents:
-        target = target.setdefault(part, {}) if isinstance(target, dict) else _list_item(target, part, key)
-    value = yaml.safe_load(text)
-    if isinstance(target, list):
-        target[_list_index(target, leaf, key)] = value
-    else:
-        target[leaf] = value
+        place = _place(target, part, key)
+        if isinstance(target, dict) and target.get(place) is None:
+            target[place] = {}  # a section the file leaves out, or empty
+        target = target[place]
+    target[_place(target, leaf, key)] = _parse_value(key, text)
 
 
-def _list_item(target: Any, part: str, key: str) -> Any:
+def _place(target: Any, part: str, key: str) -> str | int:
+    """The key or index that one part of an override's path stands for."""
+    if isinstance(target, dict):
+        return part
     if not isinstance(target, list):
         raise ConfigError(f"--set {key}: {part!r} lies inside a plain value; `fedpipe schema` prints the keys")
-    return target[_list_index(target, part, key)]
-
-
-def _list_index(target: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(target):
+    if not part.isdecimal() or int(part) >= len(target):
         raise ConfigError(f"--set {key}: {part!r} is not an index below {len(target)} of that list")
     return int(part)
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {key}: {text!r} is not YAML; close its brackets and quotes") from None
 
 
 def _resolve_paths(config: FederationConfig, folder: Path) -> FederationConfig:
