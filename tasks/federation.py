@@ -271,6 +271,9 @@ def _changed_keys(known: object, now: object, prefix: str = "") -> list[str]:
         keys = [*known, *(key for key in now if key not in known)]
         pairs = [(f"{prefix}.{key}" if prefix else str(key), known.get(key), now.get(key)) for key in keys]
         return [found for name, old, new in pairs for found in _changed_keys(old, new, name)]
+    if isinstance(known, list) and isinstance(now, list) and len(known) == len(now):
+        items = enumerate(zip(known, now, strict=True))
+        return [found for index, (old, new) in items for found in _changed_keys(old, new, f"{prefix}.{index}")]
     return [] if known == now else [prefix]
 
 
