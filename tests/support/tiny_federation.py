@@ -36,8 +36,8 @@ def write_config(folder: Path, **changes: Any) -> Path:
         "store": str(folder / "out" / "store"),
         "model": {"base": "model", "max_tokens": 16, "bits": [32]},
         "data": {"train": "{edge_id}.jsonl", "test": "test.jsonl", "labels": LABELS, "label_name_column": "name"},
-        "edges": [{"edge_id": edge_id, "resources": RESOURCES} for edge_id in EDGES],
-        "training": {"learning_rate": 0.01, "head_rate_factor": 2, "examples_per_round": 320},
+        "edges": [{"edge_id": edge_id, "resources": dict(RESOURCES)} for edge_id in EDGES],
+        "training": {"learning_rate": 0.01, "head_rate_factor": 2, "examples_per_round": 160},
         "planning": {"profile_steps": 5, "ranks": [2, 4], "batch_sizes": [8], "probe_rank": 4, "solver": "greedy"},
     }
     for key, value in changes.items():
