@@ -125,7 +125,7 @@ def measured_profile(configuration: Configuration) -> tuple[ModelShape, EdgeProf
         data_fingerprint="random",
         memory_bytes=1,
         bandwidth_bytes_per_second=1.0,
-        step_cost=measured_step_cost(base.model, small, large, time.thread_time),
+        step_cost=measured_step_cost(base.model, small, large, (configuration.bits,), time.thread_time),
         activation_cost=measured_activation_cost(base.model, small, large),
         value_bytes=2 if configuration.bits == 16 else 4,
         scores={},

@@ -57,8 +57,7 @@ class CostModel:
         lowest = work.lowest_block(self.shape)
         return PredictedCost(
             peak_memory_bytes=round(self.peak_memory_bytes(work, lowest)),
-            round_seconds=self.idle_seconds(work.base_bits, upload + download)
-            + work.local_steps * self.step_seconds(work, lowest),
+            round_seconds=self.idle_seconds(upload + download) + work.local_steps * self.step_seconds(work, lowest),
             upload_bytes=upload,
             download_bytes=download,
         )
@@ -72,17 +71,20 @@ class CostModel:
         return self.resident_bytes(work.base_bits) + adapters + activations + tokens * self.adapter_activations(work)
 
     def step_seconds(self, work: Work, lowest_block: int) -> float:
-        """fixed + tokens·(per_token·bits_factor·products/2 + Σ (per_token_feature + per_token_rank·rank)·(out+in)).
+        """fixed + dequantization + tokens·(per_token + Σ (per_token_feature + per_token_rank·rank)·(out+in)).
 
-        An adapter's share is that of a trained one, of three products; a frozen one makes two.
+        Each term counts by the products that are made of those it was measured for: of a frozen weight forward and
+        backward, and of a trained adapter a third; dequantization happens before every product of a frozen weight.
         """
         tokens = self.batch_examples(work.batch_size) * self.profile.tokens_per_example
         adapters = sum(
             self.adapter_seconds_per_token(name, work.ranks.get(name, 0), lowest_block, work.checkpointing)
             for name in self.shape.modules
         )
-        backbone = self.backbone_seconds_per_token(work.base_bits, lowest_block, work.checkpointing)
-        return self.profile.step_cost.fixed_seconds + tokens * (backbone + adapters)
+        backbone = self.backbone_seconds_per_token(lowest_block, work.checkpointing)
+        return self.fixed_step_seconds(work.base_bits, lowest_block, work.checkpointing) + tokens * (
+            backbone + adapters
+        )
 
     def batch_examples(self, batch_size: int) -> int:
         """Examples a batch really holds: data smaller than a batch makes one short batch."""
@@ -135,12 +137,15 @@ class CostModel:
             per_token = cost.per_token_bytes * reached / blocks
         return cost.fixed_bytes + tokens * (per_token + value * self._widest_module) + self._logits_bytes(tokens)
 
-    def backbone_seconds_per_token(self, bits: int, lowest_block: int, checkpointing: bool) -> float:
-        """Forward everywhere; backward, and a second forward when checkpointing, in the reached blocks."""
-        cost, blocks = self.profile.step_cost, self._num_blocks
-        reached = (blocks - lowest_block) / blocks
-        share = FORWARD_SHARE + reached * (1 - FORWARD_SHARE + FORWARD_SHARE * checkpointing)
-        return cost.per_token_seconds * cost.bits_factors.get(bits, 1.0) * share
+    def fixed_step_seconds(self, bits: int, lowest_block: int, checkpointing: bool) -> float:
+        """What a step takes whatever its tokens: the optimizer, starting kernels, and dequantizing the base."""
+        cost = self.profile.step_cost
+        dequantization = cost.dequantization_seconds.get(bits, 0.0)
+        return cost.fixed_seconds + dequantization * self._frozen_share(lowest_block, checkpointing)
+
+    def backbone_seconds_per_token(self, lowest_block: int, checkpointing: bool) -> float:
+        """Seconds per token in the frozen weights."""
+        return self.profile.step_cost.per_token_seconds * self._frozen_share(lowest_block, checkpointing)
 
     def adapter_seconds_per_token(self, module: str, rank: int, lowest_block: int, checkpointing: bool) -> float:
         """Three products for a trained rank, two for a rank of the tail, one below the reached blocks."""
@@ -151,11 +156,10 @@ class CostModel:
         recomputed = (1 - TAIL_SHARE) * checkpointing
         return trained * (1 + recomputed) + tail * (TAIL_SHARE + recomputed)
 
-    def idle_seconds(self, bits: int, transferred_bytes: float) -> float:
+    def idle_seconds(self, transferred_bytes: float) -> float:
         """Seconds of a round outside its steps: transfer, and a forward pass over the validation rows."""
         tokens = self.profile.num_validation_examples * self.profile.tokens_per_example
-        cost = self.profile.step_cost
-        forward = cost.per_token_seconds * cost.bits_factors.get(bits, 1.0) * FORWARD_SHARE
+        forward = self.profile.step_cost.per_token_seconds * FORWARD_SHARE
         return transferred_bytes / self.profile.bandwidth_bytes_per_second + tokens * forward
 
     def upload_bytes(self, ranks: Mapping[str, int]) -> int:
@@ -183,6 +187,11 @@ class CostModel:
     @cached_property
     def _largest_matrix(self) -> int:
         return max((m.out_features * m.in_features for m in self.shape.modules.values()), default=0)
+
+    def _frozen_share(self, lowest_block: int, checkpointing: bool) -> float:
+        """Forward everywhere; backward, and a second forward when checkpointing, in the reached blocks."""
+        reached = (self._num_blocks - lowest_block) / self._num_blocks
+        return FORWARD_SHARE + reached * (1 - FORWARD_SHARE + FORWARD_SHARE * checkpointing)
 
     def _adapter_products(self, rank: int, module: str) -> float:
         """Seconds per token of an adapter's three products."""

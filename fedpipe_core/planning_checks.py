@@ -58,13 +58,14 @@ def _number_faults(profile: EdgeProfile) -> Iterable[str]:
         "memory_bytes": profile.memory_bytes,
         "bandwidth_bytes_per_second": profile.bandwidth_bytes_per_second,
         "step_cost.per_token_seconds": step.per_token_seconds,
-        **{f"step_cost.bits_factors[{bits}]": factor for bits, factor in step.bits_factors.items()},
     }
     not_negative = {
         "fixed_bytes": profile.fixed_bytes,
         "num_validation_examples": profile.num_validation_examples,
         "step_cost.fixed_seconds": step.fixed_seconds,
+        "step_cost.per_token_feature_seconds": step.per_token_feature_seconds,
         "step_cost.per_token_rank_seconds": step.per_token_rank_seconds,
+        **{f"step_cost.dequantization_seconds[{bits}]": v for bits, v in step.dequantization_seconds.items()},
         "activation_cost.fixed_bytes": activation.fixed_bytes,
         "activation_cost.per_token_bytes": activation.per_token_bytes,
         **{f"activation bytes of {module}": v for module, v in activation.per_token_module_bytes.items()},

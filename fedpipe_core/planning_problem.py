@@ -193,7 +193,8 @@ def _price_cell(
     costs, examples = items.costs, items.costs.batch_examples(work.batch_size)
     tokens, longest = examples * costs.profile.tokens_per_example, costs.longest_tokens(work.batch_size)
     planned = pin.local_steps or math.ceil(planned_examples / work.batch_size)
-    backbone = [costs.backbone_seconds_per_token(work.base_bits, block, work.checkpointing) for block in blocks]
+    backbone = [costs.backbone_seconds_per_token(block, work.checkpointing) for block in blocks]
+    fixed = [costs.fixed_step_seconds(work.base_bits, block, work.checkpointing) for block in blocks]
     kept = items.fullest_block_bytes_per_token if work.checkpointing else 0.0
     adapters = costs.adapter_activations(work) if work.ranks else kept
     transferred = costs.download_bytes({}) + costs.upload_bytes(work.ranks)
@@ -204,7 +205,7 @@ def _price_cell(
         planned_steps=planned,
         least_steps=pin.local_steps or 1,
         loss=loss,
-        idle_seconds=costs.idle_seconds(work.base_bits, transferred),
+        idle_seconds=costs.idle_seconds(transferred),
         block_memory=np.array(
             [
                 costs.resident_bytes(work.base_bits)
@@ -214,7 +215,7 @@ def _price_cell(
                 for block in blocks
             ]
         ),
-        block_seconds=costs.profile.step_cost.fixed_seconds
+        block_seconds=np.array(fixed)
         + tokens * (items.standing_seconds_per_token[work.checkpointing] + np.array(backbone)),
         item_memory=items.parameter_bytes + (0 if work.checkpointing else longest) * items.activation_bytes_per_token,
         item_seconds=tokens * items.seconds_per_token,

@@ -59,7 +59,7 @@ def profile_edge(
         step_cost=(
             declared_step_cost(declared.tokens_per_second, declared.step_seconds, shape)
             if declared
-            else measured_step_cost(base.model, small, large)
+            else measured_step_cost(base.model, small, large, config.model.bits)
         ),
         activation_cost=measured_activation_cost(base.model, small, large),
         value_bytes=2 if base.bits == 16 else 4,

@@ -4,8 +4,10 @@ Declared resources stand in for the measured ones (`declared_step_cost`); what a
 where the store is known, in `tasks`.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from fedpipe_core.model import adaptable_modules, device_of, head_parameters, sh
 from fedpipe_core.schemas import ActivationCost, ModelShape, StepCost
 from fedpipe_core.training import classification_loss
 
+Clock = Callable[[], float]
 CGROUP = Path("/sys/fs/cgroup")
 TIMED_RANKS = (2, 32)
 TIMED_STEPS = 2
@@ -66,14 +69,15 @@ def declared_step_cost(tokens_per_second: float, step_seconds: float, shape: Mod
 
 
 def measured_step_cost(
-    base: nn.Module, small: Batch, large: Batch, clock: Callable[[], float] = time.perf_counter
+    base: nn.Module, small: Batch, large: Batch, bits: Iterable[int] = (), clock: Clock = time.perf_counter
 ) -> StepCost:
     """Time a few steps of four kinds and solve for the four coefficients of `StepCost`, none below 0.
 
     The kinds: no adapter, and adapters of two ranks on every module, with the large batch; the lower rank with the
     small batch. `small` and `large` are batches of the edge's own data. Each kind counts with the fastest of its steps,
-    since other work can only slow one down. `clock` gives seconds: wall time, which a round is made of, or another that
-    a comparison needs.
+    since other work can only slow one down. `base` is dense; `bits` are the widths that a plan may choose, of which the
+    quantized ones are priced by what dequantization takes. `clock` gives seconds: wall time, which a round is made of,
+    or another that a comparison needs.
     """
     low, high = TIMED_RANKS
     features = sum(shape.out_features + shape.in_features for shape in adaptable_modules(base).values())
@@ -82,7 +86,7 @@ def measured_step_cost(
         tokens = float(batch["input_ids"].numel())
         rows.append([1.0, tokens, tokens * features * (rank > 0), tokens * features * rank])
         step = _adapted_step(base, rank) if rank else _plain_step(base)
-        seconds.append(_fastest_seconds(step, batch, device_of(base), clock))
+        seconds.append(_fastest_seconds(partial(step, move_batch(batch, base)), device_of(base), clock))
     matrix = torch.tensor(rows, dtype=torch.float64)
     scale = matrix.amax(dim=0)
     fitted = nnls((matrix / scale).numpy(), seconds)[0] / scale.numpy()
@@ -91,6 +95,7 @@ def measured_step_cost(
         per_token_seconds=float(fitted[1]) or seconds[0] / rows[0][1],
         per_token_feature_seconds=float(fitted[2]),
         per_token_rank_seconds=float(fitted[3]),
+        dequantization_seconds={width: _dequantization_seconds(base, width, clock) for width in bits if width < 16},
     )
 
 
@@ -183,15 +188,33 @@ def _step(model: nn.Module, trained: Iterable[nn.Parameter]) -> Callable[[Mappin
     return step
 
 
-def _fastest_seconds(
-    step: Callable[[Mapping[str, Tensor]], None], batch: Batch, device: torch.device, clock: Callable[[], float]
-) -> float:
-    moved = {key: value.to(device) for key, value in batch.items()}
-    step(moved)  # the first one also pays for allocations
-    return min(_timed(lambda: step(moved), device, clock) for _ in range(TIMED_STEPS))
+def _dequantization_seconds(base: nn.Module, bits: int, clock: Clock) -> float:
+    """Seconds to dequantize all matrices twice, forward and backward, in proportion to what the largest takes."""
+    sizes = [(shape.out_features, shape.in_features) for shape in adaptable_modules(base).values()]
+    largest = max(sizes, key=math.prod)
+    device = device_of(base)
+    weight = torch.randn(largest, device=device, dtype=next(base.parameters()).dtype)
+    seconds = _fastest_seconds(_dequantizer(weight, bits), device, clock)
+    return 2 * seconds * sum(map(math.prod, sizes)) / math.prod(largest)
 
 
-def _timed(action: Callable[[], None], device: torch.device, clock: Callable[[], float]) -> float:
+def _dequantizer(weight: Tensor, bits: int) -> Callable[[], Any]:
+    """What bitsandbytes does to a weight before it multiplies by it."""
+    if bits == 8:
+        codes, scales = weight.to(torch.int8), weight[:, :1].clone()
+        return lambda: codes.to(weight.dtype).mul_(scales)
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    return lambda: dequantize_4bit(packed, state)
+
+
+def _fastest_seconds(action: Callable[[], Any], device: torch.device, clock: Clock) -> float:
+    action()  # the first one also pays for allocations
+    return min(_timed(action, device, clock) for _ in range(TIMED_STEPS))
+
+
+def _timed(action: Callable[[], Any], device: torch.device, clock: Clock) -> float:
     started = clock()
     action()
     if device.type == "cuda":

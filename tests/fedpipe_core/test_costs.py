@@ -77,11 +77,17 @@ def test_a_four_bit_base_with_double_quantization_takes_half_a_byte_and_an_eight
     assert CostModel(shape, PROFILE).resident_bytes(4) == pytest.approx(shape.linear_parameters * (4 + 0.127) / 8)
 
 
-def test_seconds_follow_the_measured_factor_of_a_quantized_base():
-    cost = PROFILE.step_cost.model_copy(update={"bits_factors": {4: 2.0}})
+@pytest.mark.parametrize(
+    ("module", "checkpointing", "products"), [(BOTTOM, False, 2), (BOTTOM, True, 3), (TOP, False, 7 / 6)]
+)
+def test_a_quantized_base_is_dequantized_before_every_product_whatever_the_batch(module, checkpointing, products):
+    cost = PROFILE.step_cost.model_copy(update={"dequantization_seconds": {4: 2.0}})
     slower = PROFILE.model_copy(update={"step_cost": cost})
-    seconds = [predict(ENCODER, slower, {TOP: 8}, 16, 10, bits).round_seconds for bits in (32, 8, 4)]
-    assert seconds[0] == seconds[1] < seconds[2]
+    for batch_size in (4, 32):
+        dense, quantized = (
+            predict(ENCODER, slower, {module: 8}, batch_size, 10, bits, checkpointing=checkpointing) for bits in (32, 4)
+        )
+        assert quantized.round_seconds - dense.round_seconds == pytest.approx(10 * products)
 
 
 def test_a_batch_larger_than_the_data_costs_what_the_data_fill():

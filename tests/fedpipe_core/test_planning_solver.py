@@ -100,7 +100,7 @@ def test_a_sub_problem_is_solved_to_the_best_of_its_plans():
     for choice in product((-1, 0, 1), repeat=len(problem.modules)):
         work = Work(problem.ranks_of(choice), 2, 3, 32)
         transferred = costs.upload_bytes(work.ranks) + costs.download_bytes(work.ranks)
-        seconds = costs.idle_seconds(32, transferred) + 3 * costs.step_seconds(work, lowest_block=0)
+        seconds = costs.idle_seconds(transferred) + 3 * costs.step_seconds(work, lowest_block=0)
         if costs.peak_memory_bytes(work, lowest_block=0) <= 76_000 and seconds <= 0.13:
             best = max(best, sum(problem.utility[m, column] for m, column in enumerate(choice) if column >= 0))
     assert 0 < selection.utility == pytest.approx(best)

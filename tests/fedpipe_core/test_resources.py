@@ -122,9 +122,16 @@ def test_measured_step_cost_has_a_price_per_token_when_both_batches_are_equal(ti
 
 def test_steps_that_all_take_the_same_time_cost_a_fixed_time(tiny_base):
     ticks = itertools.count()
-    cost = measured_step_cost(tiny_base("bert").model, batch_of(1, 4), batch_of(8, 8), lambda: float(next(ticks)))
+    cost = measured_step_cost(tiny_base("bert").model, batch_of(1, 4), batch_of(8, 8), clock=lambda: float(next(ticks)))
     assert cost.fixed_seconds == pytest.approx(1.0)
     assert (cost.per_token_feature_seconds, cost.per_token_rank_seconds) == pytest.approx((0, 0), abs=1e-9)
+
+
+def test_quantized_bases_are_priced_by_what_dequantization_takes(tiny_base):
+    batch = batch_of(1, 4)
+    added = measured_step_cost(tiny_base("gpt2").model, batch, batch, bits=(32, 16, 8, 4)).dequantization_seconds
+    assert list(added) == [8, 4]
+    assert all(0 < seconds < 1 for seconds in added.values())
 
 
 def test_declared_step_cost_prices_a_rank_by_its_share_of_the_work(tiny_base):
