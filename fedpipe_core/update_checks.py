@@ -96,7 +96,8 @@ def screen_updates(updates: Sequence[Update], spec: AggregationSpec, opposed: Co
     with the sum of the others' below −0.15 and below −3/4 of the median of what the others have, if that median
     exceeds 0.05. Edges that merely differ, or that all oppose each other because their labels do, keep it low and
     stay. The head is left out: with labels of their own, honest edges push its rows apart. An edge once refused for
-    its direction counts again when its cosine exceeds 0.05: as honest edges part ways, a reversed one stands out less.
+    its direction counts again when its cosine is above the same limits with a positive sign, since a reversed edge
+    stands out less as honest ones part ways.
     """
     ordered = sorted(updates, key=lambda update: update.edge_id)
     if spec.outliers == "accept":
@@ -193,15 +194,15 @@ def _still_opposed(updates: Sequence[Update], opposed: Collection[str]) -> dict[
     """Reasons of the edges that opposed the others before and do not agree with them yet."""
     others = [update for update in updates if update.edge_id not in opposed]
     reasons = {}
-    for update in updates:
-        if update.edge_id in opposed:
-            cosine = cosines_with_the_rest([*others, update])[update.edge_id]
-            if cosine <= LEAST_AGREEMENT:
-                reasons[update.edge_id] = (
-                    f"{update.edge_id}: its change opposed the other edges' before, and has a cosine of {cosine:.2f} "
-                    f"with them now, needed more than {LEAST_AGREEMENT:g}; check its labels and its loss, or set "
-                    "aggregation.outliers to accept"
-                )
+    for edge in (update for update in updates if update.edge_id in opposed):
+        cosines = cosines_with_the_rest([*others, edge])
+        found = cosines.pop(edge.edge_id)
+        needed = max(OPPOSITION_SHARE * median(cosines.values()), LEAST_OPPOSITION) if cosines else LEAST_OPPOSITION
+        if found < needed:
+            reasons[edge.edge_id] = (
+                f"{edge.edge_id}: its change opposed the other edges' before, and has a cosine of {found:.2f} with "
+                f"them now, needed {needed:.2f}; check its labels and its loss, or set aggregation.outliers to accept"
+            )
     return reasons
 
 
