@@ -25,7 +25,8 @@ from torch import Tensor
 
 from fedpipe_core.adapters import Adapter
 from fedpipe_core.batches import TokenizedExamples
-from fedpipe_core.config import EdgeSpec, FederationConfig, load_config
+from fedpipe_core.config import EdgeSpec, FederationConfig
+from fedpipe_core.config_file import load_config
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.low_rank import LowRank, truncate
 from fedpipe_core.profiling import EdgeData

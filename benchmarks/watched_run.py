@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedpipe_core.config import load_config
+from fedpipe_core.config_file import load_config
 from fedpipe_core.schemas import RunResult
 from flows.federation import edge_sessions, federated_finetune
 from tasks import edge, progress
@@ -22,26 +22,32 @@ RUN = "watched"
 
 @dataclass
 class Timeline:
-    """A progress listener that keeps how long everything took, in order of its end."""
+    """A progress listener that keeps how long everything took, in order of its end, and the process's CPU time."""
 
-    done: list[tuple[str, float]] = field(default_factory=list)
+    done: list[tuple[str, float, float]] = field(default_factory=list)
+    _cpu_before: dict[str, float] = field(default_factory=dict)
 
     def started(self, who: str, what: str, steps: int | None) -> None:
-        """What counts is told at the end."""
+        """Remember what the process had used."""
+        self._cpu_before[who] = time.process_time()
 
     def advanced(self, who: str) -> None:
         """Steps are not counted."""
 
     def finished(self, who: str, what: str, seconds: float) -> None:
-        """Keep it."""
-        self.done.append((what, seconds))
+        """Keep what it took."""
+        self.done.append((what, seconds, time.process_time() - self._cpu_before[who]))
 
     def noted(self, text: str) -> None:
         """Notes take no time."""
 
     def seconds(self, what: str) -> list[float]:
         """How long each time took that something of this name was done."""
-        return [seconds for name, seconds in self.done if name == what]
+        return [seconds for name, seconds, _ in self.done if name == what]
+
+    def cpu_seconds(self, what: str) -> float:
+        """CPU time of the whole process while it was done."""
+        return sum(cpu_seconds for name, _, cpu_seconds in self.done if name == what)
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def _showing() -> Iterator[None]:
 
 
 def _load(path: Path, overrides: list[str] | None) -> "FederationConfig":
-    from fedpipe_core.config import load_config
+    from fedpipe_core.config_file import load_config
 
     return load_config(path, overrides)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from prefect import runtime
 
-from fedpipe_core.config import FederationConfig, load_config
+from fedpipe_core.config import FederationConfig
+from fedpipe_core.config_file import load_config
 from fedpipe_core.errors import ConfigError
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpipe_core.config import load_config
+from fedpipe_core.config_file import load_config
 from fedpipe_core.reference import render_reference
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -10,7 +10,8 @@ import pytest
 from prefect_processes import call, prefect_server, running, wait_for
 from tiny_federation import write_federation
 
-from fedpipe_core.config import FederationConfig, load_config, parse_config
+from fedpipe_core.config import FederationConfig
+from fedpipe_core.config_file import load_config, parse_config
 from fedpipe_core.schemas import RunResult
 from flows.deployed import read_config
 

@@ -10,7 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedpipe_core import partition as partition_module
-from fedpipe_core.config import EdgeSpec, FederationConfig, PartitionSpec, parse_config
+from fedpipe_core.config import EdgeSpec, FederationConfig, PartitionSpec
+from fedpipe_core.config_file import parse_config
 from fedpipe_core.data import Examples
 from fedpipe_core.errors import ConfigError, DataError
 from fedpipe_core.partition import Partition, deal_examples, load_edge_examples, load_partition

@@ -5,7 +5,8 @@ from tiny_models import LABELS, tiny_examples
 
 from fedpipe_core.architecture import adaptable_modules, model_shape
 from fedpipe_core.batches import TokenizedExamples, longest_example_tokens, tokens_per_example
-from fedpipe_core.config import FederationConfig, parse_config
+from fedpipe_core.config import FederationConfig
+from fedpipe_core.config_file import parse_config
 from fedpipe_core.errors import DataError, RunError
 from fedpipe_core.model import Base
 from fedpipe_core.profiling import EdgeData, probe_sizes, profile_edge

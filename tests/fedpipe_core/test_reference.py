@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fedpipe_core.config import FederationConfig, load_config, parse_config
+from fedpipe_core.config import FederationConfig
+from fedpipe_core.config_file import load_config, parse_config
 from fedpipe_core.reference import EXAMPLES, render_reference
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedpipe_core.config import FederationConfig, load_config, parse_config
+from fedpipe_core.config import FederationConfig
+from fedpipe_core.config_file import load_config, parse_config
 from fedpipe_core.errors import ConfigError
 from flows.deployed import read_config, require_lasting_places, require_lasting_store
 
