@@ -1,0 +1,91 @@
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from fedpipe_core.config import FederationConfig
+from fedpipe_core.config_file import parse_config
+from fedpipe_core.errors import ConfigError
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    """The smallest config that is accepted, with changes."""
+    return {
+        "name": "test",
+        "model": {"base": "model"},
+        "data": {"train": "{edge_id}.csv", "test": "test.csv", "labels": 3},
+        "edges": [{"edge_id": "east"}, {"edge_id": "west"}],
+        **changes,
+    }
+
+
+def test_smallest_config_is_accepted() -> None:
+    config = parse_config(document())
+    assert [edge.edge_id for edge in config.edges] == ["east", "west"]
+    assert config.rounds == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"speed": 1}, "speed: unknown key; remove it or correct its name, found 1"),
+        ({"name": "Not A Name"}, "name: String should match pattern"),
+        ({"rounds": "many"}, "rounds: Input should be a valid integer.*found 'many'"),
+        ({"edges": []}, "edges: .*at least 1 item"),
+        ({"edges": [{"edge_id": "a"}, {"edge_id": "a"}]}, "edge_id 'a' is used 2 times"),
+        ({"min_edges": 3}, "min_edges is 3 but only 2 edges are listed"),
+        ({"data": {"train": "all.csv", "test": "t.csv", "labels": 2}}, "data.train is one file for all edges"),
+        ({"data": {"train": "a", "test": "b", "labels": 1}}, "data.labels: .*greater than or equal to 2"),
+        ({"release": {"exports": ["adapter"]}}, "release.exports: `merged` is missing"),
+        ({"model": {}}, "model.base: is required"),
+        ({"training": {"learning_rate": float("nan")}}, "training.learning_rate"),
+    ],
+)
+def test_fault_is_told_with_its_place(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_config(document(**changes))
+
+
+def test_partition_by_column_needs_the_column_and_every_edges_values() -> None:
+    data = {"train": "all.csv", "test": "t.csv", "labels": 2, "partition": {"by": "column"}}
+    with pytest.raises(ConfigError, match="`by: column` needs `column`"):
+        parse_config(document(data=data))
+    data["partition"] = {"by": "column", "column": "domain"}
+    with pytest.raises(ConfigError, match=r"edge 'east' names no `values`.*; edge 'west' names no `values`"):
+        parse_config(document(data=data))
+
+
+def test_values_without_a_partition_by_column_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"edge 'east' names `values` but data.partition is not `by: column`"):
+        parse_config(document(edges=[{"edge_id": "east", "values": ["bank"]}, {"edge_id": "west"}]))
+
+
+def test_config_survives_json() -> None:
+    config = parse_config(document(planning={"ranks": [8, 2, 2]}))
+    assert FederationConfig.model_validate(config.model_dump(mode="json")) == config
+    assert config.planning.ranks == (2, 8)
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        parse_config(document()).rounds = 9  # type: ignore[misc]
+
+
+def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield model
+    for field in model.model_fields.values():
+        for annotation in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                yield from sections(annotation)
+
+
+def test_every_plain_field_is_described() -> None:
+    undescribed = [
+        f"{model.__name__}.{name}"
+        for model in sections(FederationConfig)
+        for name, field in model.model_fields.items()
+        if field.description is None
+        and not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
+    ]
+    assert undescribed == []
