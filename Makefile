@@ -30,13 +30,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
 	touch $(STAMP)
 
+$(PREFECT_HOME):
+	mkdir -p $@
+
 demo: $(STAMP) ## tune MiniLM on CLINC150 across four edges, to a registered and promoted model (a few minutes)
 	$(BIN)/fedpipe run examples/intents/federation.yaml
 
-test: $(STAMP) ## run all tests
+test: $(STAMP) | $(PREFECT_HOME) ## run all tests
 	$(BIN)/pytest
 
-quick: $(STAMP) ## run the tests that take less than ten seconds each
+quick: $(STAMP) | $(PREFECT_HOME) ## run the tests that take less than ten seconds each
 	$(BIN)/pytest -m "not slow"
 
 check: format lint types layers test ## format, lint, types, import layers and tests

@@ -149,6 +149,8 @@ def main() -> None:
     """Entry point of the `fedpipe` command."""
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    if home := os.environ.get("PREFECT_HOME"):
+        Path(home).mkdir(parents=True, exist_ok=True)  # Prefect makes the folder itself, but not those above it
     app()
 
 
