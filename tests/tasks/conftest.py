@@ -1,0 +1,49 @@
+"""A tiny federation before its first round, for the tests of single steps; no flow and no server runs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.logging import disable_run_logger
+from tiny_federation import write_federation
+from tiny_steps import coordinator_at, prepare, sessions_of
+
+from fedpipe_core.config import FederationConfig
+from fedpipe_core.config_file import load_config
+from fedpipe_core.schemas import FederationPlan
+from tasks.edge import EdgeSession
+from tasks.federation import Coordinator
+
+
+@pytest.fixture
+def run_logger_off() -> Iterator[None]:
+    """Let tasks log although no run surrounds them."""
+    with disable_run_logger():
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> FederationConfig:
+    """A config whose model and rows lie on the disk; modules are not scored, which takes time."""
+    folder = tmp_path_factory.mktemp("federation")
+    return load_config(
+        write_federation(folder, **{"planning.importance": "uniform", "training.examples_per_round": 16})
+    )
+
+
+@pytest.fixture
+def coordinator(tiny_config: FederationConfig, tmp_path: Path, run_logger_off: None) -> Coordinator:
+    """The coordinator of a run in an empty store."""
+    return coordinator_at(tiny_config, tmp_path / "store")
+
+
+@pytest.fixture
+def sessions(coordinator: Coordinator) -> dict[str, EdgeSession]:
+    """The edges' sessions, by edge."""
+    return sessions_of(coordinator)
+
+
+@pytest.fixture
+def plan(coordinator: Coordinator, sessions: dict[str, EdgeSession]) -> FederationPlan:
+    """The plan of a federation that is ready for round 1."""
+    return prepare(coordinator, sessions)
