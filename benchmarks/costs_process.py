@@ -34,7 +34,7 @@ from fedpipe_core.training import train
 
 LABELS = 150
 BATCH_SIZES = (8, 16, 32, 64)  # the menu that a plan would choose from
-IDS = (1000, 8000)  # token ids of the random rows; special tokens lie below
+SPECIAL_IDS = 1000  # ids above are words of every tokenizer here
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,11 @@ def ranks_of(configuration: Configuration, shape: ModelShape) -> dict[str, int]:
     return {name: configuration.rank for name, module in shape.modules.items() if chosen(name, module)}
 
 
-def random_batch(rows: int, tokens: int) -> Batch:
-    """Rows of random tokens, none of them padded."""
+def random_batch(model: Any, rows: int, tokens: int) -> Batch:
+    """Rows of random words of the whole vocabulary, none padded; embeddings that no row uses would not be in memory."""
     generator = torch.Generator().manual_seed(rows)
-    ids = torch.randint(*IDS, (rows, tokens), generator=generator)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(SPECIAL_IDS, vocabulary, (rows, tokens), generator=generator)
     labels = torch.randint(LABELS, (rows,), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
@@ -116,7 +117,7 @@ def train_and_time(edge: EdgeModel, batch: Batch, steps: int) -> list[float]:
 def measured_profile(configuration: Configuration) -> tuple[ModelShape, EdgeProfile]:
     """What `fedpipe` would know of this edge, importance aside."""
     base = load_base(ModelSpec(base=configuration.folder), LABELS, 16 if configuration.bits == 16 else 32, seed=0)
-    small, large = (random_batch(rows, configuration.tokens) for rows in probe_sizes(BATCH_SIZES))
+    small, large = (random_batch(base.model, rows, configuration.tokens) for rows in probe_sizes(BATCH_SIZES))
     profile = EdgeProfile(
         edge_id="edge",
         num_examples=configuration.batch_size,
@@ -158,7 +159,7 @@ def measure_one(configuration: Configuration) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     edge = built_edge(configuration)
     loaded = memory_of_process("VmHWM") - baseline
-    batch = random_batch(configuration.batch_size, configuration.tokens)
+    batch = random_batch(edge.model, configuration.batch_size, configuration.tokens)
     seconds = train_and_time(edge, batch, configuration.steps)
     peak = memory_of_process("VmHWM") - baseline
     counted = training_memory_bytes(edge, batch)

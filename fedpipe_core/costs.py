@@ -20,6 +20,7 @@ BASE_BYTES = {32: 4.0, 16: 2.0, 8: 1.0, 4: NF4_BYTES}
 WIRE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 2 / 64, "nf4": 0.5 + 2 / 64}  # blockwise: a scale per 64 values
 HEADER_BYTES = {"fp32": 240, "bf16": 240, "int8": 60, "nf4": 60}  # per module in the file's header, without its names
 HEADER_NAMES = {"fp32": 2, "bf16": 2, "int8": 1, "nf4": 1}  # how often a module's name stands there
+GRADIENTS_IN_FLIGHT = 2  # of a module's input and output: a formula such as GELU holds several of one width at once
 FORWARD_SHARE = 1 / 2  # of a frozen weight's work in a step
 TAIL_SHARE = 2 / 3  # of a trained adapter's work in a step: no gradient of its own
 
@@ -125,17 +126,19 @@ class CostModel:
         return max(blocks) if work.checkpointing else sum(blocks)
 
     def backbone_activation_bytes(self, tokens: float, lowest_block: int, checkpointing: bool) -> float:
-        """What the frozen network keeps, with the logits and the widest gradient in flight.
+        """What the frozen network keeps, with the logits and the gradients in flight around the widest module.
 
-        Without checkpointing every reached block keeps its share; with it each keeps its input, and one is recomputed.
+        Without checkpointing every reached block keeps its share; with it each keeps its input, and one is recomputed,
+        whose values stay until its backward pass is done, where they otherwise make room for gradients one by one.
         """
         cost, blocks, value = self.profile.activation_cost, self._num_blocks, self.profile.value_bytes
         reached = blocks - lowest_block
+        in_flight = (GRADIENTS_IN_FLIGHT + checkpointing) * self._widest_module
         if checkpointing:
             per_token = value * self.shape.hidden_features * reached + cost.per_token_bytes / blocks
         else:
             per_token = cost.per_token_bytes * reached / blocks
-        return cost.fixed_bytes + tokens * (per_token + value * self._widest_module) + self._logits_bytes(tokens)
+        return cost.fixed_bytes + tokens * (per_token + value * in_flight) + self._logits_bytes(tokens)
 
     def fixed_step_seconds(self, bits: int, lowest_block: int, checkpointing: bool) -> float:
         """What a step takes whatever its tokens: the optimizer, starting kernels, and dequantizing the base."""

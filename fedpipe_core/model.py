@@ -129,7 +129,17 @@ def _load_model(folder: Path, spec: ModelSpec, labels: int, bits: int, seed: int
         raise ModelError(f"model in {folder} cannot be loaded for {spec.task} at {bits} bits: {reason}") from None
     _check_weights(model, found, folder)
     loaded: nn.Module = model.eval()
-    return loaded if bits < 16 else loaded.to(device)
+    if bits >= 16:
+        return loaded.to(device)
+    _let_go_of_file(loaded)
+    return loaded
+
+
+def _let_go_of_file(model: nn.Module) -> None:
+    """Copy what stays dense beside quantized weights: on a CPU it would keep the whole dense file mapped."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _check_weights(model: nn.Module, found: dict[str, Any], folder: Path) -> None:

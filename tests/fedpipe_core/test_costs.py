@@ -27,7 +27,7 @@ def test_peak_memory_adds_up_base_adapters_activations_and_logits():
     base = 4 * (4 * 128) + 4 * 100
     adapter, tail = 16 * 2 * 24, 4 * (4 - 2) * 24
     tokens = 2 * 24
-    activations = 1000 + tokens * (64 / 2 + 4 * 24 + 32 + 4 * 2)
+    activations = 1000 + tokens * (64 / 2 + 2 * 4 * 24 + 32 + 4 * 2)
     logits, head = 2 * 4 * 3 * 2, 16 * 27
     cost = predict(shape, profile, {"layer.1.in": 2}, 2, 1, 32, global_ranks={"layer.1.in": 4})
     assert cost.peak_memory_bytes == base + adapter + tail + activations + logits + head + 5000
