@@ -25,10 +25,8 @@ def run_logger_off() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> FederationConfig:
     """A config whose model and rows lie on the disk; modules are not scored, which takes time."""
-    folder = tmp_path_factory.mktemp("federation")
-    return load_config(
-        write_federation(folder, **{"planning.importance": "uniform", "training.examples_per_round": 16})
-    )
+    quick = {"planning.importance": "uniform", "training.examples_per_round": 16}
+    return load_config(write_federation(tmp_path_factory.mktemp("federation"), **quick))
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def test_opened_federation_records_config_code_and_base(coordinator: Coordinator
 
 def test_name_that_is_taken_is_refused_and_resumed(coordinator: Coordinator) -> None:
     first = open_federation(coordinator.config, coordinator.store, coordinator.keys, resume=False)
-    with pytest.raises(ConfigError, match="run run exists in .*; continue it with --resume"):
+    with pytest.raises(ConfigError, match=r"run run exists in .*; continue it with --resume"):
         open_federation(coordinator.config, coordinator.store, coordinator.keys, resume=False)
     assert reopened(coordinator, coordinator.config) == first
 

@@ -30,7 +30,7 @@ def test_status_follows_a_run_from_its_records(
 
 
 def test_status_of_an_unknown_run_names_the_runs_there_are(coordinator: Coordinator, plan: FederationPlan) -> None:
-    with pytest.raises(ConfigError, match="run other is not in .*; there are: run$"):
+    with pytest.raises(ConfigError, match=r"run other is not in .*; there are: run$"):
         describe_run(coordinator.store.root, "other")
 
 
