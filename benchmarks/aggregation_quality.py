@@ -100,17 +100,16 @@ def plot(rows: Sequence[Row]) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    rounds = range(1, len(rows[0].losses) + 1)
     for row in rows:
         style = {"label": row.rule, "linewidth": 2.5 if row.rule == DEFAULT else 1.2}
-        rounds = range(1, len(row.losses) + 1)
         left.plot(rounds, row.losses, **style)
         right.plot(rounds, row.energies, **style)
-    left.set(xlabel="round", ylabel="held-out loss (nats)", yscale="log")
-    right.set(xlabel="round", ylabel=f"share of Σσ² beyond rank {min(RANKS.values())}")
-    right.legend(fontsize=8)
+    left.set(xlabel="round", ylabel="held-out loss (nats)", xticks=rounds)
+    right.set(xlabel="round", ylabel=f"share of Σσ² beyond rank {min(RANKS.values())}", xticks=rounds)
+    left.legend(fontsize=8)
     figure.suptitle(
-        "CLINC150, MiniLM, four edges of ranks 2, 4, 8 and 16, each with domains of its own; "
-        f"mean of {rows[0].seeds} seeds"
+        f"CLINC150, MiniLM, four edges of ranks 2, 4, 8 and 16, each with domains of its own; seeds: {rows[0].seeds}"
     )
     figure.tight_layout()
     IMAGES.mkdir(parents=True, exist_ok=True)

@@ -134,8 +134,8 @@ def results_of(benchmark: str, quick: bool) -> Results:
 
 
 def _config_sha256(config: FederationConfig) -> str:
-    """Hash of a config without the folders it was read in."""
-    document = config.model_dump(mode="json")
+    """Hash of what a config sets, without the folders it was read in and without what is left at its default."""
+    document = config.model_dump(mode="json", exclude_defaults=True)
     document["data"] |= {key: Path(document["data"][key]).name for key in ("train", "test")}
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
