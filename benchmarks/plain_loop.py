@@ -24,6 +24,7 @@ class PlainRun:
     """What the steps of all rounds cost; `thread_seconds` adds up what every edge took for itself."""
 
     wall_seconds: float
+    cpu_seconds: float
     thread_seconds: float
     first_round_loss: float
 
@@ -72,13 +73,13 @@ def run_plainly(sessions: Sequence[EdgeSession], at_once: int, threads: int) -> 
         edge.train(round_index)
         spent.append(time.perf_counter() - started)
 
-    started = time.perf_counter()
+    started, cpu_before = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(at_once) as pool:
         for round_index in range(1, sessions[0].config.rounds + 1):
             list(pool.map(work, edges, itertools.repeat(round_index)))
-    wall = time.perf_counter() - started
+    wall, cpu = time.perf_counter() - started, time.process_time() - cpu_before
     losses = [loss for edge in edges for loss in edge.losses[: edge.session.plan.local_steps]]
-    return PlainRun(wall, sum(spent), sum(losses) / len(losses))
+    return PlainRun(wall, cpu, sum(spent), sum(losses) / len(losses))
 
 
 def _plain_model(session: EdgeSession) -> nn.Module:

@@ -22,7 +22,7 @@ RUN_SECONDS = 900
 
 
 def test_every_command_is_of_a_kind_that_some_test_runs() -> None:
-    assert {shlex.split(command)[0] for command in COMMANDS} == {"make", "fedpipe", "prefect", "mlflow"}
+    assert {shlex.split(command)[0] for command in COMMANDS} <= {"make", "fedpipe", "prefect"}
 
 
 def test_make_commands_exist() -> None:
