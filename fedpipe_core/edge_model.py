@@ -128,6 +128,7 @@ def _checkpoint_blocks(model: Any) -> None:
     They do so in training mode only, which their parts must not follow: some would draw random numbers.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # else gradients flow through the blocks below the lowest adapter as well
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True

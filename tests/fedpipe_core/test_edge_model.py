@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import random_adapter, tiny_examples
+from tiny_models import ARCHITECTURES, random_adapter, tiny_examples
 from torch import nn
 from transformers import ModernBertConfig
 from transformers.models.auto import AutoModelForSequenceClassification
@@ -263,6 +263,19 @@ def test_checkpointing_computes_every_block_twice(tiny_base):
         first.register_forward_hook(lambda *_, layer=layer: calls.update([layer]))
     gradients(edge)
     assert calls == {0: 2, 1: 2}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_checkpointing_computes_blocks_below_the_lowest_adapter_once(tiny_base, architecture):
+    base = tiny_base(architecture).model
+    upper = {name: 2 for name, shape in adaptable_modules(base).items() if shape.layer == 1}
+    edge = build_edge_model(base, upper, 4, 1.0, checkpointing=True, modules=upper)
+    calls: Counter[int] = Counter()
+    for name, shape in adaptable_modules(base).items():
+        module = edge.model.get_submodule(name)
+        module.register_forward_pre_hook(lambda *_, layer=shape.layer: calls.update([layer]))
+    gradients(edge)
+    assert calls == {0: len(upper), 1: 2 * len(upper)}
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
