@@ -3,17 +3,12 @@
 import sys
 import threading
 import time
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 
 class PlainLines:
@@ -44,14 +39,7 @@ class LiveBars:
     """A bar per edge while it works, with the time left; notes scroll above."""
 
     def __init__(self, console: Console) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn(), _StepsAndTimeLeft())
         self._progress = Progress(*columns, console=console, transient=True)
         self._bars: dict[str, TaskID] = {}
         self._lock = threading.Lock()
@@ -67,7 +55,7 @@ class LiveBars:
         """Show a bar."""
         with self._lock:
             self._remove(who)
-            self._bars[who] = self._progress.add_task(f"{who}: {what}", total=steps)
+            self._bars[who] = self._progress.add_task(escape(f"{who}: {what}"), total=steps)
 
     def advanced(self, who: str) -> None:
         """Move its bar by one step."""
@@ -87,9 +75,30 @@ class LiveBars:
 
     def noted(self, text: str) -> None:
         """Print a line above the bars."""
-        self._progress.console.print(text, highlight=False)
+        self._progress.console.print(text, highlight=False, markup=False)
+
+    def refresh(self) -> None:
+        """Draw the bars now rather than with the next tick."""
+        self._progress.refresh()
 
     def _remove(self, who: str) -> None:
         bar = self._bars.pop(who, None)
         if bar is not None:
             self._progress.remove_task(bar)
+
+
+class _StepsAndTimeLeft(ProgressColumn):
+    """Steps done of all, and the time left if the rest goes as fast; nothing where the steps are not known.
+
+    Rich's own estimate needs two steps, which of two rounds is one too many.
+    """
+
+    def render(self, task: Task) -> Text:
+        """Render one bar's cell."""
+        if task.total is None:
+            return Text("")
+        steps = f"{task.completed:.0f}/{task.total:.0f}"
+        if not task.completed or task.elapsed is None:
+            return Text(steps)
+        left = task.elapsed / task.completed * (task.total - task.completed)
+        return Text(f"{steps}, {timedelta(seconds=round(left))} left")

@@ -110,9 +110,10 @@ def _run_rounds(
     progress.note(f"before training: {reports.metrics_line(baseline)}")
     tracking.log_round(tracked, 0, baseline, {})
     rounds = _all_rounds(coordinator, sessions, plan)
-    for record in rounds:
-        tracking.log_round(tracked, record.round, *reports.tracked_metrics(record))
-    reports.log_plots(tracked, plan, rounds)
+    with progress.working("coordinator", "record the rounds in MLflow"):
+        for record in rounds:
+            tracking.log_round(tracked, record.round, *reports.tracked_metrics(record))
+        reports.log_plots(tracked, plan, rounds)
     create_table_artifact(reports.round_rows(rounds), key="rounds", description=f"Rounds of {coordinator.keys.run}")
     return Outcome(plan, rounds, baseline)
 

@@ -10,7 +10,7 @@ from fedpipe_core.errors import ReleaseError
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.schemas import FederationRecord, ReleaseReport
 from flows.deployed import require_lasting_store
-from tasks import release, tracking
+from tasks import progress, release, tracking
 from tasks.federation import Coordinator, evaluate
 from tasks.records import RunKeys, get_record
 from tasks.storage import open_store
@@ -44,7 +44,8 @@ def track(coordinator: Coordinator) -> TrackedRun:
     config, keys = coordinator.config, coordinator.keys
     uri = tracking.tracking_uri(config.tracking, coordinator.store.root)
     tags = {"fedpipe.store": coordinator.store.root, "fedpipe.base_sha256": coordinator.base.sha256}
-    return tracking.open_run(uri, config.tracking.experiment or config.name, keys.run, tags, _parameters(config))
+    with progress.working("coordinator", "open MLflow"):
+        return tracking.open_run(uri, config.tracking.experiment or config.name, keys.run, tags, _parameters(config))
 
 
 def _parameters(config: FederationConfig) -> Mapping[str, object]:
