@@ -1,6 +1,7 @@
 """Plans and results as text for a person."""
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -12,6 +13,7 @@ from fedpipe_core.schemas import RunResult
 from flows.local_api import is_local
 
 MIB = 2**20
+SQLITE = "sqlite:///"
 
 
 def plan_table(document: dict[str, Any]) -> str:
@@ -36,18 +38,17 @@ def result_summary(result: RunResult) -> str:
         f"run        {result.run}, {len(result.rounds)} rounds, {result.seconds:.0f} s",
         *(f"{name:<10} {before[name]:.4f} before training, {value:.4f} after" for name, value in after.items()),
         *_release_lines(result),
-        f"MLflow     {_mlflow_ui(result.tracking.uri)}   # experiment {result.tracking.experiment}",
+        f"MLflow     {_mlflow_ui(result.tracking.uri)}  # experiment {result.tracking.experiment}",
         f"Prefect    {_prefect_ui()}",
     ]
     return "\n".join(lines)
 
 
 def _mlflow_ui(uri: str) -> str:
-    """The command that shows the run, or the server that does."""
-    if uri.startswith("http"):
-        return uri
-    scheme, _, path = uri.partition(":///")
-    return f"{_program('mlflow')} ui --backend-store-uri {scheme}:///{_short(Path(path))}"
+    """The command that shows the run, or the server that does, without its password."""
+    if not uri.startswith(SQLITE):
+        return re.sub(r"//[^/@]*@", "//", uri)
+    return f"{_program('mlflow')} ui --backend-store-uri {SQLITE}{_short(Path(uri.removeprefix(SQLITE)))}"
 
 
 def _prefect_ui() -> str:
