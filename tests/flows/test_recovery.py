@@ -5,12 +5,10 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from commands import Command, FinishedRun, command_line
+from commands import Command, FinishedRun, running
 
 PATIENCE_SECONDS = 240
 
@@ -23,23 +21,6 @@ def records(run: Path) -> dict[str, tuple[int, bytes]]:
     """Every record of a run: when it was written, and what it says."""
     paths = [path for path in run.rglob("*.json") if is_record(path.relative_to(run).as_posix())]
     return {path.relative_to(run).as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
-
-
-@contextmanager
-def running(environment: dict[str, str], folder: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """The command in a session of its own, as a terminal would have started it."""
-    with (folder / "stderr").open("w") as stderr:
-        process = subprocess.Popen(
-            command_line(*arguments),
-            env=environment,
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            start_new_session=True,
-        )
-        with process:
-            yield process
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
@@ -98,34 +79,3 @@ def test_ctrl_c_ends_a_run_without_a_server_within_seconds_and_leaves_it_resumab
     assert seconds < 20
     resumed = fedpipe(*arguments, "--resume")
     assert resumed.document["adapter_sha256"] == finished.result["adapter_sha256"]
-
-
-@pytest.mark.slow
-def test_local_api_ends_with_a_killed_command(
-    finished: FinishedRun, environment: dict[str, str], tmp_path: Path
-) -> None:
-    alone = {name: value for name, value in environment.items() if name != "PREFECT_API_URL"}
-    alone["PREFECT_HOME"] = str(tmp_path / "prefect")
-    alone["FEDPIPE_TEST_MARK"] = mark = tmp_path.name
-    config, store = finished.folder / "federation.yaml", tmp_path / "store"
-    with running(alone, tmp_path, "run", config, "--run", "gone", "--set", f"store={store}") as process:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while len(marked(mark)) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.kill()
-    deadline = time.monotonic() + 30
-    while marked(mark) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert marked(mark) == []
-
-
-def marked(mark: str) -> list[int]:
-    """Processes that inherited a variable of that value."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"FEDPIPE_TEST_MARK={mark}".encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found

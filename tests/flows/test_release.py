@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from commands import Command, FinishedRun
+from tiny_federation import rows, write_federation, write_rows
+from tiny_models import LABELS
 
 READER = """
 import json, sys
@@ -34,11 +36,10 @@ print(json.dumps({
 """
 
 
-def read(kind: str, finished: FinishedRun, working_directory: Path) -> dict[str, object]:
-    from tiny_models import LABELS
-
+def read(kind: str, run: Path, test_rows: Path, working_directory: Path) -> dict[str, object]:
+    """What a program that knows the library alone makes of an export."""
     command = [sys.executable, "-P", "-c", READER.replace("{labels}", str(LABELS)), kind]
-    arguments = [str(finished.store / "release" / kind), str(finished.folder / "test.jsonl")]
+    arguments = [str(run / "release" / kind), str(test_rows)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=working_directory, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, object] = json.loads(done.stdout)
@@ -46,14 +47,14 @@ def read(kind: str, finished: FinishedRun, working_directory: Path) -> dict[str,
 
 
 def test_merged_folder_loads_with_transformers_alone(finished: FinishedRun, tmp_path: Path) -> None:
-    found = read("merged", finished, tmp_path)
+    found = read("merged", finished.store, finished.folder / "test.jsonl", tmp_path)
     assert found["accuracy"] == pytest.approx(finished.result["metrics"]["accuracy"])
     assert found["names"] == [f"share {label}" for label in range(4)]
     assert found["ours"] == []
 
 
 def test_adapter_folder_loads_with_peft_alone(finished: FinishedRun, tmp_path: Path) -> None:
-    found = read("adapter", finished, tmp_path)
+    found = read("adapter", finished.store, finished.folder / "test.jsonl", tmp_path)
     assert found["accuracy"] == pytest.approx(finished.result["metrics"]["accuracy"])
     assert found["ours"] == []
 
@@ -71,3 +72,16 @@ def test_release_of_an_unknown_run_is_refused(finished: FinishedRun, fedpipe: Co
     outcome = fedpipe("release", "nothing", "--store", finished.result["store"])
     assert outcome.exit_code == 1
     assert "run nothing is not in" in outcome.stderr
+
+
+def test_champion_is_judged_anew_on_a_new_held_out_set(finished: FinishedRun, fedpipe: Command, tmp_path: Path) -> None:
+    config, store = write_federation(tmp_path, name="rejudged"), tmp_path / "out" / "store"
+    first = fedpipe("run", config, "--run", "before", "--json").document
+    write_rows(tmp_path / "test.jsonl", rows(100, seed=99))
+    second = fedpipe("run", config, "--run", "after", "--set", "training.examples_per_round=8", "--json").document
+    assert first["model"]["decision"]["promoted"]
+    assert not second["model"]["decision"]["promoted"]
+    reasons = " ".join(second["model"]["decision"]["reasons"])
+    champion = float(reasons.split("against the champion's ")[1].split(",")[0])
+    found = read("merged", store / "before", tmp_path / "test.jsonl", tmp_path)
+    assert champion == pytest.approx(found["accuracy"], abs=1e-4)

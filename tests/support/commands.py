@@ -1,8 +1,10 @@
 """The `fedpipe` command in this process or in one of its own, and how it ended."""
 
 import json
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,23 @@ Command = Callable[..., Outcome]
 def command_line(*arguments: object) -> list[str]:
     """The command as a shell would call it."""
     return [str(Path(sys.executable).with_name("fedpipe")), *map(str, arguments)]
+
+
+@contextmanager
+def running(environment: dict[str, str], folder: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """The command in a session of its own, as a terminal would have started it."""
+    with (folder / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            command_line(*arguments),
+            env=environment,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
+        )
+        with process:
+            yield process
 
 
 def invoke(*arguments: object) -> Outcome:
