@@ -19,7 +19,7 @@ SQLITE = "sqlite:///"
 def plan_table(document: dict[str, Any]) -> str:
     """What `fedpipe plan` prints: a row an edge, and the run's totals; or why an edge has no plan."""
     if document["infeasible"]:
-        reasons = [f"  {edge_id}: {reason}" for edge_id, reason in document["infeasible"].items()]
+        reasons = [f"  {reason}" for reason in document["infeasible"].values()]
         return "No feasible plan for:\n" + "\n".join(reasons)
     totals = document["totals"]
     rows = [_plan_row(edge_id, edge) for edge_id, edge in document["plan"].items()]

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedpipe_core.errors import ReleaseError
 from fedpipe_core.gate import Check, Decision
-from tasks.tracking import MODEL_FILES, TrackedRun, connect, fetch_files, log_model, speaking_to
+from tasks.tracking import MODEL_PARENT, TrackedRun, connect, fetch_files, log_model, speaking_to
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 ADAPTER_TAG, BASE_TAG = "fedpipe.adapter_sha256", "fedpipe.base_sha256"
@@ -93,7 +93,8 @@ def fetch_model(version: ModelVersion, folder: Path) -> Path:
     """Download a version's model folder in Hugging Face format into `folder`, and return where it lies."""
     with speaking_to(version.uri):
         location = connect(version.uri).get_model_version(version.name, str(version.version)).source
-    return fetch_files(version.uri, location, folder) / MODEL_FILES
+    [model_folder] = (fetch_files(version.uri, location, folder) / MODEL_PARENT).iterdir()
+    return model_folder
 
 
 def promote(challenger: ModelVersion, gate: Gate) -> Decision:

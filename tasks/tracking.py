@@ -165,7 +165,7 @@ def load_predictions(uri: str, run_id: str, evaluation_sha256: str) -> Predictio
     return predictions
 
 
-MODEL_FILES = "artifacts/model"  # where a logged version keeps the folder in Hugging Face format
+MODEL_PARENT = "artifacts"  # a logged version keeps its model folder below, under the name it had when logged
 
 
 @dataclass(frozen=True)

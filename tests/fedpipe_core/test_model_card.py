@@ -91,7 +91,11 @@ def facts() -> CardFacts:
         evaluation_sha256="e" * 64,
         baseline={"accuracy": 0.0067},
         metrics={"accuracy": Interval(0.9123, 0.9001, 0.9240, 0.95)},
-        exports=[ExportRecord(scheme="merged", path="release/merged", bytes=90 * 2**20, sha256="d" * 64, metrics={})],
+        exports=[
+            ExportRecord(
+                scheme="merged", path="release/merged", bytes=90 * 2**20, sha256="d" * 64, metrics={}, seconds=1.0
+            )
+        ],
     )
 
 

@@ -191,7 +191,7 @@ def test_a_menu_above_the_rank_cap_is_refused():
 
 def test_edges_without_a_plan_are_all_named_with_limit_and_cheapest_change():
     profiles = five_edges()
-    for edge_id, mib in (("edge-01", 67), ("edge-03", 20)):
+    for edge_id, mib in (("edge-01", 70), ("edge-03", 20)):
         profiles[edge_id] = profiles[edge_id].model_copy(update={"memory_bytes": mib * 2**20})
     config = make_config(list(profiles), model={"base": "x", "bits": (32, 8)})
     reasons = infeasible_edges(ENCODER, profiles, config)
@@ -205,7 +205,7 @@ def test_edges_without_a_plan_are_all_named_with_limit_and_cheapest_change():
 
 
 def test_the_cheapest_change_makes_the_edge_feasible():
-    profiles = profiles_of(make_profile(ENCODER, memory_bytes=67 * 2**20))
+    profiles = profiles_of(make_profile(ENCODER, memory_bytes=70 * 2**20))
     refused = make_config(["edge-00"], model={"base": "x", "bits": (32, 8)})
     assert infeasible_edges(ENCODER, profiles, refused)
     changed = make_config(["edge-00"], model={"base": "x", "bits": (32, 8, 4)})

@@ -13,6 +13,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterId,
     FlowRunFilterName,
 )
+from prefect.client.schemas.sorting import FlowRunSort
 from tiny_federation import EDGES, ROUNDS, write_config
 
 from fedpipe_core.schemas import RunResult
@@ -27,9 +28,10 @@ def objects(store: Path) -> set[str]:
 
 
 def flow_run(name: str) -> Any:
+    """The first flow run of a name; other tests resume the finished run, and each of those is a flow run too."""
+    chosen = FlowRunFilter(name=FlowRunFilterName(any_=[name]))
     with get_client(sync_client=True) as client:
-        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])))
-    return found[-1]
+        return client.read_flow_runs(flow_run_filter=chosen, sort=FlowRunSort.START_TIME_ASC)[0]
 
 
 def test_result_has_exactly_the_keys_that_were_promised(finished: FinishedRun) -> None:
