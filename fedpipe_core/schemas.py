@@ -170,6 +170,7 @@ class GlobalRecord(Record):
     base_sha256: str
     adapter: DataReference
     counted: dict[str, str] = Field(default_factory=dict, description="sha256 of each update that made this adapter")
+    refused: dict[str, str] = Field(default_factory=dict, description="sha256 of each update that did not count")
     dropped: dict[str, str] = Field(default_factory=dict, description="Edges that did not count, with the reason")
     opposed: tuple[str, ...] = Field((), description="Edges refused for their direction, until they agree again")
     ranks: dict[str, int] = Field(description="Rank per module")

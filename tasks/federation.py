@@ -17,12 +17,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import nn
 
-from fedpipe_core.adapters import Adapter, initial_adapter
-from fedpipe_core.aggregation import Update, aggregate
+from fedpipe_core.adapters import initial_adapter
 from fedpipe_core.batches import TokenizedExamples, tokenize
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.data import label_names, load_examples, load_examples_and_column
-from fedpipe_core.errors import ConfigError, FedPipeError, PlanError, QuorumError, UpdateRefusedError
+from fedpipe_core.errors import ConfigError, PlanError, QuorumError
 from fedpipe_core.evaluation import predict
 from fedpipe_core.export import merge
 from fedpipe_core.model import Base, head_parameters, model_shape
@@ -30,7 +29,6 @@ from fedpipe_core.planning import plan_federation
 from fedpipe_core.predictions import Predictions
 from fedpipe_core.schemas import (
     EdgeProfile,
-    FailureRecord,
     FederationPlan,
     FederationRecord,
     GlobalRecord,
@@ -39,13 +37,12 @@ from fedpipe_core.schemas import (
     UpdateRecord,
 )
 from fedpipe_core.seeding import random_generator
-from fedpipe_core.update_checks import check_update, screen_updates
-from fedpipe_core.wire import WireDtype, encode_adapter
-from fedpipe_core.wire_updates import decode_update
+from fedpipe_core.wire import encode_adapter
 from tasks import progress
-from tasks.edge import dense_base, edge_start, read_global
+from tasks.aggregation import Combination, StoredRun, combine_updates, update_record, wire_dtype
+from tasks.edge import dense_base, read_global
 from tasks.keys import is_key
-from tasks.records import RunKeys, get_data, get_record, put_data, put_record
+from tasks.records import RunKeys, get_record, put_data, put_record
 from tasks.storage import ObjectStore
 
 
@@ -181,7 +178,8 @@ def publish_first_adapter(coordinator: Coordinator, federation_plan: FederationP
     shapes = {name: shape for name, shape in coordinator.shape.modules.items() if name in planned}
     head = {name: value.detach().float().cpu() for name, value in head_parameters(coordinator.base.model).items()}
     adapter = initial_adapter(shapes, federation_plan.largest_rank, head, coordinator.config.seed)
-    _publish_adapter(coordinator, 1, adapter, counted={}, dropped={}, opposed=())
+    data = encode_adapter(adapter, wire_dtype(coordinator.config))
+    _publish_adapter(coordinator, 1, Combination(data, adapter.ranks, {}, {}, {}, ()))
 
 
 @task(task_run_name="round {round_index} aggregate", cache_policy=NO_CACHE)
@@ -193,17 +191,11 @@ def aggregate_round(coordinator: Coordinator, federation_plan: FederationPlan, r
     known = get_record(coordinator.store, coordinator.keys.global_record(round_index + 1), GlobalRecord)
     if known is not None:
         return known
+    run = StoredRun(coordinator.config, coordinator.store, coordinator.keys, coordinator.base.sha256, federation_plan)
     with progress.working("coordinator", "aggregate"):
-        torch.set_num_threads(1)  # factors are small: threads that wait for each other cost more than they save
-        record, previous = read_global(coordinator.store, coordinator.keys, round_index)
-        updates, hashes, dropped = _read_updates(coordinator, federation_plan, previous, round_index)
-        counted, refused, opposed = screen_updates(updates, coordinator.config.aggregation, record.opposed)
-        dropped |= refused
-        _require_quorum(coordinator.config, round_index, len(counted), dropped)
-        before = _before_previous(coordinator, round_index)
-        found = aggregate(previous, counted, coordinator.config.aggregation, before)
-    used = {update.edge_id: hashes[update.edge_id] for update in counted}
-    return _publish_adapter(coordinator, round_index + 1, found.adapter, used, dropped, opposed)
+        found = combine_updates(run, round_index)
+        _require_quorum(coordinator.config, round_index, len(found.counted), found.dropped)
+    return _publish_adapter(coordinator, round_index + 1, found)
 
 
 @task(task_run_name="round {round_index} evaluate", cache_policy=NO_CACHE)
@@ -221,7 +213,7 @@ def round_updates(coordinator: Coordinator, round_index: int) -> dict[str, Updat
     return {
         edge.edge_id: record
         for edge in coordinator.config.edges
-        if (record := _update_record(coordinator, round_index, edge.edge_id)) is not None
+        if (record := update_record(coordinator.store, coordinator.keys, round_index, edge.edge_id)) is not None
     }
 
 
@@ -277,78 +269,21 @@ def _changed_keys(known: object, now: object, prefix: str = "") -> list[str]:
     return [] if known == now else [prefix]
 
 
-def _publish_adapter(
-    coordinator: Coordinator,
-    round_index: int,
-    adapter: Adapter,
-    counted: dict[str, str],
-    dropped: dict[str, str],
-    opposed: tuple[str, ...],
-) -> GlobalRecord:
-    # Edges keep what a short format leaves out of their updates; nobody keeps it for the global adapter, which every
-    # round builds on, so it is never shorter than bf16.
+def _publish_adapter(coordinator: Coordinator, round_index: int, found: Combination) -> GlobalRecord:
     keys = coordinator.keys
-    dtype: WireDtype = "fp32" if coordinator.config.exchange.dtype == "fp32" else "bf16"
     record = GlobalRecord(
         run=keys.run,
         round=round_index,
         base_sha256=coordinator.base.sha256,
-        adapter=put_data(coordinator.store, keys.global_data(round_index), encode_adapter(adapter, dtype)),
-        counted=counted,
-        dropped=dropped,
-        opposed=opposed,
-        ranks=adapter.ranks,
+        adapter=put_data(coordinator.store, keys.global_data(round_index), found.data),
+        counted=found.counted,
+        refused=found.refused,
+        dropped=found.dropped,
+        opposed=found.opposed,
+        ranks=found.ranks,
     )
     put_record(coordinator.store, keys.global_record(round_index), record)
     return record
-
-
-def _read_updates(
-    coordinator: Coordinator, federation_plan: FederationPlan, previous: Adapter, round_index: int
-) -> tuple[list[Update], dict[str, str], dict[str, str]]:
-    """The updates that are what the plan asked for, the hash of each, and the reason of every edge without one."""
-    updates, hashes, dropped = [], {}, {}
-    for edge_id in federation_plan.edges:
-        try:
-            record = _required_update(coordinator, round_index, edge_id)
-            updates.append(_decode(coordinator, federation_plan, previous, record))
-            hashes[edge_id] = record.adapter.sha256
-        except FedPipeError as refusal:
-            dropped[edge_id] = str(refusal)
-    return updates, hashes, dropped
-
-
-def _required_update(coordinator: Coordinator, round_index: int, edge_id: str) -> UpdateRecord:
-    record = _update_record(coordinator, round_index, edge_id)
-    if record is not None:
-        return record
-    key = coordinator.keys.failure(round_index, edge_id)
-    failure = get_record(coordinator.store, key, FailureRecord)
-    raise UpdateRefusedError(failure.reason if failure else "no answer")
-
-
-def _update_record(coordinator: Coordinator, round_index: int, edge_id: str) -> UpdateRecord | None:
-    return get_record(coordinator.store, coordinator.keys.update_record(round_index, edge_id), UpdateRecord)
-
-
-def _decode(
-    coordinator: Coordinator, federation_plan: FederationPlan, previous: Adapter, record: UpdateRecord
-) -> Update:
-    """Read an update and check that it belongs to this run, round and base and has the plan's shapes."""
-    keys, base = coordinator.keys, coordinator.base.sha256
-    current = get_record(coordinator.store, keys.global_record(record.round), GlobalRecord)
-    started_from = current.adapter.sha256 if current else ""
-    expected = {"run": keys.run, "base_sha256": base, "global_sha256": started_from}
-    for name, value in expected.items():
-        if getattr(record, name) != value:
-            found = getattr(record, name)
-            raise UpdateRefusedError(f"{record.edge_id}: its update's {name} is {found[:16]}, needed {value[:16]}")
-    edge_plan = federation_plan.edges[record.edge_id]
-    start, _ = edge_start(coordinator.config, edge_plan, previous, record.round)
-    trained = decode_update(get_data(coordinator.store, record.adapter), start)
-    update = Update(record.edge_id, start, trained, record.num_examples)
-    check_update(update, edge_plan.ranks)
-    return update
 
 
 def _require_quorum(config: FederationConfig, round_index: int, counted: int, dropped: dict[str, str]) -> None:
@@ -358,12 +293,6 @@ def _require_quorum(config: FederationConfig, round_index: int, counted: int, dr
             f"round {round_index} has {counted} updates that count, min_edges is {config.min_edges}; {reasons}; "
             "mend these edges and continue with --resume"
         )
-
-
-def _before_previous(coordinator: Coordinator, round_index: int) -> Adapter | None:
-    if not coordinator.config.aggregation.server_momentum or round_index == 1:
-        return None
-    return read_global(coordinator.store, coordinator.keys, round_index - 1)[1]
 
 
 def _share(held_out: TokenizedExamples, config: FederationConfig) -> TokenizedExamples:

@@ -171,6 +171,7 @@ def test_update_that_belongs_elsewhere_is_dropped(
     coordinator.store.put(coordinator.keys.update_record(1, "north"), foreign.model_dump_json().encode())
     found = federation.aggregate_round.fn(coordinator, plan, 1)
     assert f"north: its update's {field} is elsewhere, needed" in found.dropped["north"]
+    assert found.refused == {"north": foreign.adapter.sha256}
 
 
 def test_damaged_record_is_dropped(

@@ -1,0 +1,133 @@
+"""A round's stored updates turned into the next global adapter: read, checked, screened, combined.
+
+The same function serves the coordinator, which publishes what it returns, and the verification of a released model,
+which compares. It needs the records and updates alone, no base model.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from fedpipe_core.adapters import Adapter
+from fedpipe_core.aggregation import Update, aggregate
+from fedpipe_core.config import FederationConfig
+from fedpipe_core.errors import FedPipeError, UpdateRefusedError
+from fedpipe_core.schemas import FailureRecord, FederationPlan, GlobalRecord, UpdateRecord
+from fedpipe_core.update_checks import check_update, screen_updates
+from fedpipe_core.wire import WireDtype, encode_adapter
+from fedpipe_core.wire_updates import decode_update
+from tasks.edge import edge_start, read_global
+from tasks.records import RunKeys, get_data, get_record
+from tasks.storage import ObjectStore
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A planned run in its store, as far as aggregating needs it."""
+
+    config: FederationConfig
+    store: ObjectStore
+    keys: RunKeys
+    base_sha256: str
+    plan: FederationPlan
+
+
+@dataclass(frozen=True, eq=False)
+class Combination:
+    """The encoded adapter that a round led to, and what became of every edge.
+
+    `counted` and `refused` hold the hash of each update that was there; `dropped` the reason of every edge that did not
+    count, whether its update was refused or never came.
+    """
+
+    data: bytes
+    ranks: dict[str, int]
+    counted: dict[str, str]
+    refused: dict[str, str]
+    dropped: dict[str, str]
+    opposed: tuple[str, ...]
+
+
+def combine_updates(run: StoredRun, round_index: int, answered: Collection[str] | None = None) -> Combination:
+    """Check a round's updates and aggregate those that count; the order in which edges finished changes no byte.
+
+    With `answered` every other edge is taken for one without an answer, though its update may have come since.
+    Raises IntegrityError when the adapter the round started from is missing or damaged.
+    """
+    torch.set_num_threads(1)  # factors are small: threads that wait for each other cost more than they save
+    record, previous = read_global(run.store, run.keys, round_index)
+    asked = [edge_id for edge_id in run.plan.edges if answered is None or edge_id in answered]
+    updates, hashes, dropped = _read_updates(run, previous, round_index, asked)
+    counted, refused, opposed = screen_updates(updates, run.config.aggregation, record.opposed)
+    dropped |= refused
+    found = aggregate(previous, counted, run.config.aggregation, _before_previous(run, round_index))
+    used = {update.edge_id: hashes[update.edge_id] for update in counted}
+    return Combination(
+        data=encode_adapter(found.adapter, wire_dtype(run.config)),
+        ranks=found.adapter.ranks,
+        counted=used,
+        refused={edge_id: sha256 for edge_id, sha256 in hashes.items() if edge_id not in used},
+        dropped=dropped,
+        opposed=opposed,
+    )
+
+
+def wire_dtype(config: FederationConfig) -> WireDtype:
+    """Number format of global adapters: never shorter than bf16.
+
+    Edges keep what a short format leaves out of their updates; nobody keeps it for the global adapter, which every
+    round builds on.
+    """
+    return "fp32" if config.exchange.dtype == "fp32" else "bf16"
+
+
+def update_record(store: ObjectStore, keys: RunKeys, round_index: int, edge_id: str) -> UpdateRecord | None:
+    """What an edge returned from a round, or None."""
+    return get_record(store, keys.update_record(round_index, edge_id), UpdateRecord)
+
+
+def _read_updates(
+    run: StoredRun, previous: Adapter, round_index: int, edges: Collection[str]
+) -> tuple[list[Update], dict[str, str], dict[str, str]]:
+    """The updates that are what the plan asked for, the hash of each that came, and why other edges have none."""
+    updates, hashes, dropped = [], {}, {}
+    for edge_id in edges:
+        try:
+            record = _required_update(run, round_index, edge_id)
+            hashes[edge_id] = record.adapter.sha256
+            updates.append(_decode(run, previous, record))
+        except FedPipeError as refusal:
+            dropped[edge_id] = str(refusal)
+    return updates, hashes, dropped
+
+
+def _required_update(run: StoredRun, round_index: int, edge_id: str) -> UpdateRecord:
+    record = update_record(run.store, run.keys, round_index, edge_id)
+    if record is not None:
+        return record
+    failure = get_record(run.store, run.keys.failure(round_index, edge_id), FailureRecord)
+    raise UpdateRefusedError(failure.reason if failure else "no answer")
+
+
+def _decode(run: StoredRun, previous: Adapter, record: UpdateRecord) -> Update:
+    """Read an update and check that it belongs to this run, round and base and has the plan's shapes."""
+    current = get_record(run.store, run.keys.global_record(record.round), GlobalRecord)
+    started_from = current.adapter.sha256 if current else ""
+    expected = {"run": run.keys.run, "base_sha256": run.base_sha256, "global_sha256": started_from}
+    for name, value in expected.items():
+        if getattr(record, name) != value:
+            found = getattr(record, name)
+            raise UpdateRefusedError(f"{record.edge_id}: its update's {name} is {found[:16]}, needed {value[:16]}")
+    edge_plan = run.plan.edges[record.edge_id]
+    start, _ = edge_start(run.config, edge_plan, previous, record.round)
+    trained = decode_update(get_data(run.store, record.adapter), start)
+    update = Update(record.edge_id, start, trained, record.num_examples)
+    check_update(update, edge_plan.ranks)
+    return update
+
+
+def _before_previous(run: StoredRun, round_index: int) -> Adapter | None:
+    if not run.config.aggregation.server_momentum or round_index == 1:
+        return None
+    return read_global(run.store, run.keys, round_index - 1)[1]
