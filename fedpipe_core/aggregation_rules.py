@@ -218,3 +218,8 @@ EDGE_STARTS: dict[str, EdgeStart] = {
 def edge_start(rule: str) -> EdgeStart:
     """The function that splits the global adapter for an edge under this rule."""
     return EDGE_STARTS.get(rule, split_for_edge)
+
+
+def has_frozen_tail(rule: str) -> bool:
+    """Whether an edge carries what it does not train of the global adapter as a frozen adapter under this rule."""
+    return edge_start(rule) is not truncated_for_edge

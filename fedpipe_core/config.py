@@ -12,6 +12,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 Bits = Literal[4, 8, 16, 32]
 Rank = Annotated[int, Field(ge=1, le=1024)]
 AggregationRule = Literal["delta_svd", "fedavg", "rankwise", "hetlora", "flexlora", "raflora", "ffa", "flora_stack"]
+Method = Literal["fedpipe", "fedlora"]
 ImportanceMethod = Literal["adalora", "gradient_spectrum", "uniform", "random", "last_layers"]
 
 
@@ -282,6 +283,11 @@ class FederationConfig(Spec):
     """One federation: a model, its data, its edges, and how they are trained, aggregated and released."""
 
     name: Name = Field(description="Name of the federation; runs, experiment and model are named after it")
+    method: Method = Field(
+        "fedpipe",
+        description="`fedpipe` plans every edge by its resources and importance; `fedlora` is the uniform baseline: "
+        "one rank on all attention projections and one batch size, the largest the weakest edge can hold",
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything random")
     rounds: int = Field(3, ge=1, le=10000, description="Rounds of training and aggregation")
     min_edges: int = Field(1, ge=1, description="Fewest updates that make a round count")

@@ -21,10 +21,13 @@ from fedpipe_core.planning_greedy import Duals, Frontier, Selection, frontier, s
 from fedpipe_core.planning_infeasible import explain_memory, explain_seconds
 from fedpipe_core.planning_problem import EdgeProblem, RoundTerms, adaptable_modules, build_problem
 from fedpipe_core.planning_solver import refine
+from fedpipe_core.planning_uniform import with_uniform_pins
 from fedpipe_core.planning_utility import edge_utilities
 from fedpipe_core.schemas import EdgePlan, EdgeProfile, FederationPlan, ModelShape
 
 __all__ = ["check_profile", "infeasible_edges", "plan_federation", "prepare_edges", "round_terms"]
+# Rules that average component by component: the global adapter never gets a larger rank than an edge trains.
+RANK_KEEPING_RULES = ("fedavg", "hetlora", "rankwise", "ffa")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ def plan_federation(shape: ModelShape, profiles: Mapping[str, EdgeProfile], conf
     Raises PlanError for a profile or pin that cannot be, and for edges without any plan: it names each of them, the
     limit that binds, and the cheapest change that would make it feasible.
     """
+    if config.method == "fedlora":
+        config = with_uniform_pins(shape, profiles, config)
     prepared = prepare_edges(shape, profiles, config)
     infeasible = _infeasible(prepared, config)
     if infeasible:
@@ -91,8 +96,14 @@ def _largest_global_ranks(
 ) -> dict[str, int]:
     """The largest rank each module can have at the end, whatever is planned: every edge's largest rank, every round."""
     pinned = [rank for pin in pins.values() for rank in (pin.ranks or {}).values()]
-    largest = max([*config.planning.ranks, *pinned]) * len(profiles) * config.rounds
+    free = [] if all(pins.get(edge_id, PlanPin()).ranks for edge_id in profiles) else config.planning.ranks
+    largest = max([*free, *pinned]) * _rank_growth(config, len(profiles))
     return {name: _capped(shape, name, largest, config) for name in shape.modules}
+
+
+def _rank_growth(config: FederationConfig, edges: int) -> int:
+    """How often an edge's rank can go into the global adapter's."""
+    return 1 if config.aggregation.rule in RANK_KEEPING_RULES else edges * config.rounds
 
 
 def _capped(shape: ModelShape, module: str, rank: int, config: FederationConfig) -> int:
@@ -158,7 +169,8 @@ def _reached_global_ranks(
     """Rank of each adapted module at the end: it starts at the largest planned, and each round can add every edge's."""
     start = max(rank for edge in ranks.values() for rank in edge.values())
     summed = {name: sum(edge.get(name, 0) for edge in ranks.values()) for name in shape.modules}
-    return {n: _capped(shape, n, max(start, rank * config.rounds), config) for n, rank in summed.items() if rank}
+    grown = 0 if config.aggregation.rule in RANK_KEEPING_RULES else config.rounds
+    return {n: _capped(shape, n, max(start, rank * grown), config) for n, rank in summed.items() if rank}
 
 
 def _edge_plan(

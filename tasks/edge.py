@@ -118,12 +118,13 @@ class EdgeSession:
     def model(self) -> EdgeModel:
         """The edge's adapters and head on the planned base; built in the first round."""
         base = shared_base(self.config, self.plan.base_bits)
-        scaling, cap = self.config.training.adapter_scaling, self.config.aggregation.rank_cap
-        if self.config.aggregation.rule == "flora_stack":
+        scaling, rule = self.config.training.adapter_scaling, self.config.aggregation.rule
+        cap = self.config.aggregation.rank_cap if aggregation_rules.has_frozen_tail(rule) else 0
+        if rule == "flora_stack":
             cap += self.federation_plan.largest_rank  # all that was learned is frozen, so every module has a tail
         modules = self.federation_plan.planned_modules
         model = build_edge_model(base.model, self.plan.ranks, cap, scaling, self.plan.checkpointing, modules)
-        return with_frozen_right_factors(model) if self.config.aggregation.rule == "ffa" else model
+        return with_frozen_right_factors(model) if rule == "ffa" else model
 
     @functools.cached_property
     def peak_memory_bytes(self) -> int:
