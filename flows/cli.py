@@ -16,6 +16,7 @@ import typer
 if TYPE_CHECKING:
     from fedpipe_core.config import FederationConfig
     from fedpipe_core.schemas import RunResult
+    from tasks.registry import ModelVersion
 
 app = typer.Typer(
     help="Automated federated fine-tuning of language models.",
@@ -32,6 +33,15 @@ Overrides = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout")]
 StoreRoot = Annotated[str, typer.Option(help="Object store that holds the run", envvar="FEDPIPE_STORE")]
 DEFAULT_STORE = ".fedpipe/store"
+Version = Annotated[
+    str, typer.Argument(metavar="MODEL@ALIAS", help="A registered version, such as intents@champion or intents@3")
+]
+TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow tracking URI; MLFLOW_TRACKING_URI or a file beside the store if left out")
+]
+MovedStore = Annotated[
+    str | None, typer.Option("--store", help="Object store that holds the run, where it was moved since its release")
+]
 
 # What the command sets for the libraries under it, unless the user did.
 _ENVIRONMENT = {
@@ -117,9 +127,7 @@ def release(
 @app.command()
 def rollback(
     model: Annotated[str, typer.Argument(help="Registered model")],
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow tracking URI; MLFLOW_TRACKING_URI or a file beside the store if left out")
-    ] = None,
+    tracking_uri: TrackingUri = None,
     store: StoreRoot = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
@@ -131,6 +139,38 @@ def rollback(
         restored = registry.rollback(tracking.tracking_uri(TrackingSpec(uri=tracking_uri), store), model)
         document = {"model": restored.name, "version": restored.version, "alias": registry.CHAMPION}
         _print(document, as_json, lambda found: f"{restored.name} version {restored.version} is champion again")
+
+
+@app.command()
+def lineage(
+    version: Version, tracking_uri: TrackingUri = None, store: MovedStore = None, as_json: AsJson = False
+) -> None:
+    """Tell where a registered model comes from: config, code, base, data fingerprints, every update by its hash."""
+    with _explained(as_json):
+        from flows.lineage_text import lineage_text
+        from tasks.lineage import read_lineage
+
+        found = read_lineage(_registered(version, tracking_uri, store), store)
+        _print(found.model_dump(mode="json"), as_json, lambda document: lineage_text(found))
+
+
+@app.command()
+def verify(
+    version: Version,
+    tracking_uri: TrackingUri = None,
+    store: MovedStore = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Look at this many of the last rounds only")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute a registered model's adapter again from the stored updates, and compare every hash on the way."""
+    with _explained(as_json):
+        from flows.lineage_text import verification_text
+        from tasks.verification import verify_version
+
+        found = verify_version(_registered(version, tracking_uri, store), store, rounds)
+        _print(found.model_dump(mode="json"), as_json, lambda document: verification_text(found))
+    if not found.verified:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -231,6 +271,14 @@ def _plan_flow(config: "FederationConfig", save: Path | None) -> tuple[dict[str,
 
         _load_base(config)
     return plan_federation(config, None if save is None else str(save))
+
+
+def _registered(version: str, uri: str | None, store: str | None) -> "ModelVersion":
+    from fedpipe_core.config import TrackingSpec
+    from tasks import registry, tracking
+
+    root = store or os.environ.get("FEDPIPE_STORE", DEFAULT_STORE)
+    return registry.find_version(tracking.tracking_uri(TrackingSpec(uri=uri), root), version)
 
 
 def _print(document: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]], str]) -> None:

@@ -8,10 +8,11 @@ from prefect.artifacts import create_markdown_artifact
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ReleaseError
 from fedpipe_core.evaluation import metrics_of
-from fedpipe_core.schemas import FederationRecord, ReleaseReport
+from fedpipe_core.schemas import FederationRecord, ReleaseReport, RoundRecord
 from flows.deployed import require_lasting_store
 from tasks import progress, release, tracking
 from tasks.federation import Coordinator, evaluate
+from tasks.lineage import needed_record, stored_config
 from tasks.records import RunKeys, get_record
 from tasks.storage import open_store
 from tasks.tracking import TrackedRun
@@ -57,7 +58,9 @@ def _coordinator(run: str, store: str) -> Coordinator:
     record = get_record(opened, keys.federation, FederationRecord)
     if record is None:
         raise ReleaseError(f"run {run} is not in {opened.root}; `fedpipe status` lists the runs there")
-    return Coordinator(FederationConfig.model_validate(record.config), opened, keys)
+    config = stored_config(opened, record)
+    needed_record(opened, keys.round_record(config.rounds), RoundRecord)
+    return Coordinator(config, opened, keys)
 
 
 def _summary(report: ReleaseReport) -> str:

@@ -25,7 +25,7 @@ def plan_table(document: dict[str, Any]) -> str:
     rows = [_plan_row(edge_id, edge) for edge_id, edge in document["plan"].items()]
     header = ("edge", "bits", "batch", "steps", "modules×rank", "memory MiB", "round s", "up MiB", "limited by")
     return (
-        f"{_table(header, rows)}\n\n"
+        f"{text_table(header, rows)}\n\n"
         f"deadline of a round {totals['deadline_seconds']:.1f} s; whole run {totals['seconds']:.1f} s, "
         f"{totals['upload_bytes'] / MIB:.1f} MiB up, {totals['download_bytes'] / MIB:.1f} MiB down"
     )
@@ -96,7 +96,8 @@ def _plan_row(edge_id: str, edge: dict[str, Any]) -> tuple[str, ...]:
     return edge_id, *map(str, numbers), groups, *sizes, edge["binding"]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell."""
     widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
     return "\n".join(
         "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()

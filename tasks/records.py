@@ -22,7 +22,7 @@ R = TypeVar("R", bound=Record)
 class RunKeys:
     """Every key of one run, relative to the store. A present record means that its step is done.
 
-    federation.json, plan.json, profiles/<edge>.json, result.json, release/<name>, and per round:
+    federation.json, plan.json, profiles/<edge>.json, manifest.json, release/<name>, result.json, and per round:
     rounds/0003/{global,round}.json, global.safetensors, updates/<edge>.{safetensors,json}, failures/<edge>.json.
     """
 
@@ -44,6 +44,11 @@ class RunKeys:
         return f"{self.run}/result.json"
 
     @property
+    def manifest(self) -> str:
+        """Hashes of all that the released adapter came from."""
+        return f"{self.run}/manifest.json"
+
+    @property
     def profiles(self) -> str:
         """Folder of the edges' profiles."""
         return f"{self.run}/profiles"
@@ -58,15 +63,15 @@ class RunKeys:
 
     def global_record(self, round_index: int) -> str:
         """What a round starts from."""
-        return f"{self._round(round_index)}/global.json"
+        return f"{self.round_folder(round_index)}/global.json"
 
     def global_data(self, round_index: int) -> str:
         """The adapter a round starts from."""
-        return f"{self._round(round_index)}/global.safetensors"
+        return f"{self.round_folder(round_index)}/global.safetensors"
 
     def updates(self, round_index: int) -> str:
         """Folder of what the edges returned."""
-        return f"{self._round(round_index)}/updates"
+        return f"{self.round_folder(round_index)}/updates"
 
     def update_record(self, round_index: int, edge_id: str) -> str:
         """What an edge returned."""
@@ -78,7 +83,7 @@ class RunKeys:
 
     def failures(self, round_index: int) -> str:
         """Folder of the reasons why edges returned nothing; apart from the updates, as an edge id may hold dots."""
-        return f"{self._round(round_index)}/failures"
+        return f"{self.round_folder(round_index)}/failures"
 
     def failure(self, round_index: int, edge_id: str) -> str:
         """Why an edge returned nothing."""
@@ -86,9 +91,10 @@ class RunKeys:
 
     def round_record(self, round_index: int) -> str:
         """Closes a round."""
-        return f"{self._round(round_index)}/round.json"
+        return f"{self.round_folder(round_index)}/round.json"
 
-    def _round(self, round_index: int) -> str:
+    def round_folder(self, round_index: int) -> str:
+        """Folder of everything about a round."""
         return f"{self.run}/rounds/{round_index:04d}"
 
 

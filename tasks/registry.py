@@ -18,6 +18,7 @@ from tasks.tracking import MODEL_PARENT, TrackedRun, connect, fetch_files, log_m
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 ADAPTER_TAG, BASE_TAG = "fedpipe.adapter_sha256", "fedpipe.base_sha256"
+CONFIG_TAG, MANIFEST_TAG = "fedpipe.config_sha256", "fedpipe.manifest_sha256"
 VERDICT_TAG, REASONS_TAG, DECISION_TAG = "fedpipe.verdict", "fedpipe.reasons", "fedpipe.decision"
 REPLACED_TAG, RESTORED_TAG = "fedpipe.replaced", "fedpipe.restored_over"
 NO_VERSION = "none"
@@ -75,6 +76,32 @@ def champion(uri: str, name: str) -> ModelVersion | None:
         found = client.search_registered_models(filter_string=f"name = '{name}'")
         number = found[0].aliases.get(CHAMPION) if found else None
         return None if number is None else _model_version(uri, client.get_model_version(name, str(number)))
+
+
+def find_version(uri: str, address: str) -> ModelVersion:
+    """Return the version that `MODEL@ALIAS` or `MODEL@NUMBER` names; the champion when only a model is named.
+
+    Raises ReleaseError when there is no such model, alias or version.
+    """
+    name, _, wanted = address.partition("@")
+    wanted = wanted or CHAMPION
+    with speaking_to(uri):
+        client = connect(uri)
+        found = client.search_registered_models(filter_string=f"name = '{name}'")
+        known: dict[str, str] = dict(found[0].aliases) if found else {}
+    numbers = {str(version.version): version for version in versions(uri, name)}
+    version = numbers.get(str(known.get(wanted, wanted)))
+    if version is None:
+        there = f"versions {', '.join(numbers)}; aliases {', '.join(sorted(known)) or 'none'}" if numbers else "nothing"
+        raise ReleaseError(f"{uri} has no {name}@{wanted}; registered under {name!r}: {there}")
+    return version
+
+
+def aliases(version: ModelVersion) -> tuple[str, ...]:
+    """Return the aliases that name a version now, sorted."""
+    with speaking_to(version.uri):
+        found = connect(version.uri).get_registered_model(version.name).aliases
+    return tuple(sorted(alias for alias, number in found.items() if int(number) == version.version))
 
 
 def versions(uri: str, name: str) -> list[ModelVersion]:

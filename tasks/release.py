@@ -1,16 +1,16 @@
 """A release's steps: write the exports, judge what was written, register it and let the gate decide on the champion."""
 
 import functools
+import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, TypeVar
+from typing import Literal
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from fedpipe_core.errors import ReleaseError
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.export import EXPORT_SCHEMES, TunedModel, folder_sha256
 from fedpipe_core.gate import Decision, decide
@@ -22,17 +22,16 @@ from fedpipe_core.schemas import (
     FederationPlan,
     FederationRecord,
     ModelReport,
-    Record,
     RoundRecord,
 )
 from tasks import progress, registry, tracking
 from tasks.edge import read_global
 from tasks.federation import Coordinator, read_profiles
-from tasks.records import get_record, put_data_file
+from tasks.lineage import lasting_root, needed_record, run_manifest
+from tasks.records import put_data_file, put_record
 from tasks.registry import ModelVersion
 from tasks.tracking import TrackedRun
 
-R = TypeVar("R", bound=Record)
 METRICS: tuple[Literal["accuracy", "macro_f1", "loss"], ...] = ("accuracy", "macro_f1", "loss")
 
 
@@ -147,29 +146,34 @@ def _evaluate_version(release: Release, version: ModelVersion) -> Predictions:
 
 
 def _tags(release: Release) -> dict[str, str]:
-    coordinator = release.coordinator
+    coordinator, keys = release.coordinator, release.coordinator.keys
+    manifest = run_manifest(coordinator.store, keys, coordinator.config)
+    put_record(coordinator.store, keys.manifest, manifest)
     return {
         registry.ADAPTER_TAG: release.adapter_sha256,
         registry.BASE_TAG: coordinator.base.sha256,
-        "fedpipe.run": coordinator.keys.run,
-        "fedpipe.store": coordinator.store.root,
-        "fedpipe.config_sha256": _required(release, coordinator.keys.federation, FederationRecord).config_sha256,
+        registry.CONFIG_TAG: needed_record(coordinator.store, keys.federation, FederationRecord).config_sha256,
+        registry.MANIFEST_TAG: hashlib.sha256(coordinator.store.get(keys.manifest)).hexdigest(),
+        tracking.RUN_TAG: keys.run,
+        tracking.STORE_TAG: lasting_root(coordinator.store),
     }
 
 
 def _card(release: Release, exports: list[ExportRecord]) -> str:
     coordinator = release.coordinator
     keys, config, answers = coordinator.keys, coordinator.config, release.predictions["merged"]
-    rounds = [_required(release, keys.round_record(index + 1), RoundRecord) for index in range(config.rounds)]
+    rounds = [
+        needed_record(coordinator.store, keys.round_record(index + 1), RoundRecord) for index in range(config.rounds)
+    ]
     confidence = config.release.confidence or 0.95
     return render_card(
         CardFacts(
             model_name=release.name,
             base=config.model.base,
             base_license=license_of(coordinator.base.folder),
-            federation=_required(release, keys.federation, FederationRecord),
+            federation=needed_record(coordinator.store, keys.federation, FederationRecord),
             profiles=read_profiles(coordinator),
-            plan=_required(release, keys.plan, FederationPlan),
+            plan=needed_record(coordinator.store, keys.plan, FederationPlan),
             rounds=rounds,
             adapter_sha256=release.adapter_sha256,
             evaluation_sha256=answers.evaluation_sha256,
@@ -178,13 +182,3 @@ def _card(release: Release, exports: list[ExportRecord]) -> str:
             exports=exports,
         )
     )
-
-
-def _required(release: Release, key: str, kind: type[R]) -> R:
-    record = get_record(release.coordinator.store, key, kind)
-    if record is None:
-        raise ReleaseError(
-            f"{key} is missing in {release.coordinator.store.root}, so the run is not finished; "
-            "finish it with `fedpipe run CONFIG --resume`, then release it"
-        )
-    return record

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.schemas import FederationPlan
-from tasks import edge, federation
+from tasks import edge, federation, reports
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator
-from tasks.records import RunKeys
+from tasks.records import RunKeys, put_record
 from tasks.storage import open_store
 
 
@@ -31,3 +31,23 @@ def prepare(coordinator: Coordinator, sessions: dict[str, EdgeSession]) -> Feder
     found = federation.plan.fn(coordinator)
     federation.publish_first_adapter.fn(coordinator, found)
     return found
+
+
+def finish_rounds(
+    coordinator: Coordinator,
+    sessions: dict[str, EdgeSession],
+    plan: FederationPlan,
+    foreign: tuple[str, int] | None = None,
+) -> None:
+    """Train and close every round; `foreign` is an edge and a round whose update claims to belong to another run."""
+    for index in range(1, coordinator.config.rounds + 1):
+        for session in sessions.values():
+            edge.train_round.fn(session, index)
+        if foreign and foreign[1] == index:
+            key = coordinator.keys.update_record(index, foreign[0])
+            claimed = federation.round_updates(coordinator, index)[foreign[0]].model_copy(update={"run": "elsewhere"})
+            coordinator.store.put(key, claimed.model_dump_json().encode())
+        made = federation.aggregate_round.fn(coordinator, plan, index)
+        metrics = {"accuracy": 0.5, "macro_f1": 0.5, "loss": 1.0}
+        record = reports.round_record(coordinator, plan, made, metrics, 1.0)
+        put_record(coordinator.store, coordinator.keys.round_record(index), record)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from prefect.logging import disable_run_logger
 from tiny_federation import write_federation
-from tiny_steps import coordinator_at, prepare, sessions_of
+from tiny_steps import coordinator_at, finish_rounds, prepare, sessions_of
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.config_file import load_config
@@ -45,3 +45,14 @@ def sessions(coordinator: Coordinator) -> dict[str, EdgeSession]:
 def plan(coordinator: Coordinator, sessions: dict[str, EdgeSession]) -> FederationPlan:
     """The plan of a federation that is ready for round 1."""
     return prepare(coordinator, sessions)
+
+
+@pytest.fixture(scope="session")
+def finished_store(tiny_config: FederationConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a run whose rounds are done; in round 2 the update of `north` was refused. Copy it to change it."""
+    root = tmp_path_factory.mktemp("finished") / "store"
+    with disable_run_logger():
+        coordinator = coordinator_at(tiny_config, root)
+        sessions = sessions_of(coordinator)
+        finish_rounds(coordinator, sessions, prepare(coordinator, sessions), foreign=("north", 2))
+    return root

@@ -98,6 +98,22 @@ def test_unknown_model_has_neither_versions_nor_champion(run: TrackedRun) -> Non
     assert registry.champion(run.uri, "nobody") is None
 
 
+def test_version_is_found_by_alias_by_number_and_by_the_models_name_alone(run: TrackedRun) -> None:
+    first, second = version(run, "found", "a-5"), version(run, "found", "b-3")
+    for candidate in (first, second):
+        registry.promote(candidate, quality_gate(run))
+    numbers = {
+        address: registry.find_version(run.uri, address).version
+        for address in ("found", "found@champion", "found@challenger", "found@2")
+    }
+    assert numbers == {"found": 1, "found@champion": 1, "found@challenger": 2, "found@2": 2}
+    assert registry.aliases(first) == ("champion",)
+    with pytest.raises(ReleaseError, match="has no found@best; .* versions 1, 2; aliases challenger, champion"):
+        registry.find_version(run.uri, "found@best")
+    with pytest.raises(ReleaseError, match="has no nobody@champion; registered under 'nobody': nothing"):
+        registry.find_version(run.uri, "nobody")
+
+
 def test_first_version_becomes_champion_and_carries_the_reasons(run: TrackedRun) -> None:
     first = version(run, "first", "a-5")
     decision = registry.promote(first, quality_gate(run))

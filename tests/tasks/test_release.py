@@ -2,15 +2,14 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny_federation import EDGES
+from tiny_steps import finish_rounds
 
 from fedpipe_core.errors import ReleaseError
 from fedpipe_core.export import folder_sha256
 from fedpipe_core.schemas import FederationPlan
-from tasks import edge, federation, release, reports
+from tasks import federation, release
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator
-from tasks.records import put_record
 from tasks.release import Release
 from tasks.tracking import TrackedRun
 
@@ -20,16 +19,7 @@ NOWHERE = TrackedRun("sqlite:////nowhere/mlflow.db", "experiment", "run")
 @pytest.fixture
 def trained(coordinator: Coordinator, sessions: dict[str, EdgeSession], plan: FederationPlan) -> Coordinator:
     """A run whose rounds are done."""
-    for index in range(1, coordinator.config.rounds + 1):
-        for edge_id in EDGES:
-            edge.train_round.fn(sessions[edge_id], index)
-        made = federation.aggregate_round.fn(coordinator, plan, index)
-        metrics = {"accuracy": 0.5, "macro_f1": 0.5, "loss": 1.0}
-        put_record(
-            coordinator.store,
-            coordinator.keys.round_record(index),
-            reports.round_record(coordinator, plan, made, metrics, 1.0),
-        )
+    finish_rounds(coordinator, sessions, plan)
     return coordinator
 
 
