@@ -191,6 +191,8 @@ class UpdateRecord(Record):
     train_loss: FiniteFloat
     train_seconds: FiniteFloat = Field(ge=0)
     round_seconds: FiniteFloat = Field(ge=0, description="From reading the global adapter to the update's upload")
+    transfer_seconds: FiniteFloat = Field(0.0, ge=0, description="Of which reading the adapter and writing the update")
+    started_at: FiniteFloat | None = Field(None, description="When the edge began, by its clock, in seconds since 1970")
     peak_memory_bytes: NonNegativeInt = Field(0, description="Weights, optimizer state and kept activations, measured")
     download_bytes: NonNegativeInt
     metrics: dict[str, FiniteFloat] = Field(

@@ -219,27 +219,32 @@ def edge_start(config: FederationConfig, plan: EdgePlan, adapter: Adapter, round
 def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
     torch.set_num_threads(session.threads)
     config, keys, plan = session.config, session.keys, session.plan
-    started = time.perf_counter()
+    started, started_at = time.perf_counter(), time.time()
     record, adapter = read_global(session.store, keys, round_index)
+    read_seconds = time.perf_counter() - started
     start, tail = edge_start(config, plan, adapter, round_index)
     load_adapter(session.model, start, tail)
     with progress.working(session.edge_id, f"train round {round_index}", plan.local_steps) as advance:
         metrics = _validate(session)
         report = _train(session, round_index, advance)
-    data = _encode(session, round_index, start)
+    data, encoded = _encode(session, round_index, start), time.perf_counter()
+    published = put_data(session.store, keys.update_data(round_index, session.edge_id), data)
+    finished = time.perf_counter()
     update = UpdateRecord(
         run=keys.run,
         round=round_index,
         edge_id=session.edge_id,
         base_sha256=shared_base(config, plan.base_bits).sha256,
         global_sha256=record.adapter.sha256,
-        adapter=put_data(session.store, keys.update_data(round_index, session.edge_id), data),
+        adapter=published,
         num_examples=len(session.data.train),
         examples_processed=report.examples_processed,
         steps=report.steps,
         train_loss=report.loss,
         train_seconds=report.seconds,
-        round_seconds=time.perf_counter() - started,
+        round_seconds=finished - started,
+        transfer_seconds=read_seconds + finished - encoded,
+        started_at=started_at,
         peak_memory_bytes=session.peak_memory_bytes,
         download_bytes=record.adapter.size_bytes,
         metrics=metrics,

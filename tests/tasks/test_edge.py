@@ -1,4 +1,5 @@
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,9 @@ def test_update_is_data_that_its_record_vouches_for(sessions: dict[str, EdgeSess
     assert update.examples_processed == session.plan.local_steps * session.plan.batch_size
     assert update.num_examples + len(session.data.validation) == 60
     assert update.peak_memory_bytes > 0
+    assert 0 < update.train_seconds + update.transfer_seconds <= update.round_seconds
+    assert update.started_at
+    assert update.started_at + update.round_seconds <= time.time()
     assert set(update.metrics) == {"accuracy", "macro_f1", "loss"}
     assert len(get_data(session.store, update.adapter)) == update.adapter.size_bytes
 

@@ -108,7 +108,7 @@ def test_version_is_found_by_alias_by_number_and_by_the_models_name_alone(run: T
     }
     assert numbers == {"found": 1, "found@champion": 1, "found@challenger": 2, "found@2": 2}
     assert registry.aliases(first) == ("champion",)
-    with pytest.raises(ReleaseError, match="has no found@best; .* versions 1, 2; aliases challenger, champion"):
+    with pytest.raises(ReleaseError, match=r"has no found@best; .* versions 1, 2; aliases challenger, champion"):
         registry.find_version(run.uri, "found@best")
     with pytest.raises(ReleaseError, match="has no nobody@champion; registered under 'nobody': nothing"):
         registry.find_version(run.uri, "nobody")
