@@ -113,10 +113,13 @@ class Results:
 
     def run(self, name: str, config: FederationConfig, attack: Attack | None = None) -> Run:
         """The run of that name as it is kept, or else run now; one kept of another config is run again."""
-        config_sha256 = _config_sha256(config)
+        return self.kept(name, config_hash(config), lambda: run_federation(config, attack))
+
+    def kept(self, name: str, config_sha256: str, make: Callable[[], Run]) -> Run:
+        """The run of that name and config as it is kept, or else made now."""
         known = self._runs.get(name)
         if known is None or known["config_sha256"] != config_sha256:
-            known = {"config_sha256": config_sha256, **run_federation(config, attack)}
+            known = {"config_sha256": config_sha256, **make()}
             self._runs[name] = known
             self._save()
         return known
@@ -133,7 +136,7 @@ def results_of(benchmark: str, quick: bool) -> Results:
     return Results(None if quick else FOLDER / "results" / f"{benchmark}.json")
 
 
-def _config_sha256(config: FederationConfig) -> str:
+def config_hash(config: FederationConfig) -> str:
     """Hash of what a config sets, without the folders it was read in and without what is left at its default."""
     document = config.model_dump(mode="json", exclude_defaults=True)
     document["data"] |= {key: Path(document["data"][key]).name for key in ("train", "test")}

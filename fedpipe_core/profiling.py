@@ -46,7 +46,7 @@ def profile_edge(
     started = time.perf_counter()
     declared = next(edge.resources for edge in config.edges if edge.edge_id == edge_id)
     scores = _scores(edge_id, base, data, config)
-    small, large = (_probe_batch(data.train, size) for size in probe_sizes(config.planning.batch_sizes))
+    small, large = (probe_batch(data.train, size) for size in probe_sizes(config.planning.batch_sizes))
     return EdgeProfile(
         edge_id=edge_id,
         num_examples=len(data.train),
@@ -82,7 +82,7 @@ def _scores(edge_id: str, base: Base, data: EdgeData, config: FederationConfig) 
     return score_modules(base.model, batches, spec, config.seed)
 
 
-def _probe_batch(examples: TokenizedExamples, size: int) -> Batch:
+def probe_batch(examples: TokenizedExamples, size: int) -> Batch:
     """The longest rows, again and again if they are few, so that every batch is as wide as the widest."""
     longest = sorted(range(len(examples)), key=lambda index: -len(examples.token_ids[index]))
     return pad_batch(examples, list(itertools.islice(itertools.cycle(longest), size)))

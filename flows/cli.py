@@ -191,7 +191,15 @@ def main() -> None:
         os.environ.setdefault(variable, value)
     if home := os.environ.get("PREFECT_HOME"):
         Path(home).mkdir(parents=True, exist_ok=True)  # Prefect makes the folder itself, but not those above it
+    _keep_stdout_for_results()
     app()
+
+
+def _keep_stdout_for_results() -> None:
+    """Send what libraries below Python print, as the solver does at times, to stderr."""
+    results = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = os.fdopen(results, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 @contextmanager

@@ -100,3 +100,13 @@ def test_command_in_a_process_reports_to_the_configured_server_and_keeps_stdout_
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=["apart"])))
     assert [run.state.name for run in runs if run.state] == ["Completed"]
+
+
+def test_what_a_library_below_python_prints_does_not_reach_stdout() -> None:
+    code = (
+        "import ctypes, sys; from flows import cli; cli.app = lambda: (ctypes.CDLL(None).puts(b'from C'), print('{}'));"
+        "cli.main(); ctypes.CDLL(None).fflush(None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "{}\n"
+    assert "from C" in done.stderr
