@@ -39,7 +39,7 @@ _HELD_OUT: dict[str, TokenizedExamples] = {}
 
 @dataclass(frozen=True)
 class Setting:
-    """The simulated time every method gets, every edge's slowdown against a core of this machine, and that core's cost."""
+    """The simulated time every method gets, edges' slowdowns against a core of this machine, and that core's cost."""
 
     budget_seconds: float
     slowdowns: Mapping[str, float]

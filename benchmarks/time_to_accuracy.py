@@ -97,7 +97,7 @@ def make_config(method: str, seed: int) -> FederationConfig:
 
 
 def step_cost(results: Results) -> StepCost:
-    """What a step costs on a core of this machine: measured once and kept with the runs, so that plans stay the same."""
+    """What a step costs on a core of this machine: measured once and kept, so that plans stay the same."""
 
     def measure() -> Run:
         config = make_config(FEDPIPE, 0)
