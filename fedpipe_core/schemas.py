@@ -209,15 +209,37 @@ class FailureRecord(Record):
     reason: str
 
 
+class Latency(Record):
+    """Seconds an example takes beside the base model's, timed in turns in one process so that noise is shared."""
+
+    seconds: FiniteFloat = Field(gt=0, description="Median per example")
+    base_seconds: FiniteFloat = Field(gt=0, description="Median of the dense base model per example")
+    ratio: FiniteFloat = Field(gt=0, description="Median of the pairs' ratios; 1 adds no latency")
+    ratio_low: FiniteFloat = Field(gt=0, description="Lower end of the median's 95 % interval")
+    ratio_high: FiniteFloat = Field(gt=0, description="Upper end of the median's 95 % interval")
+    pairs: PositiveInt
+
+
 class ExportRecord(Record):
-    """One written form of the released model."""
+    """One written form of the released model, and what was found after reloading it in a fresh process."""
 
     scheme: str
     path: str = Field(description="Folder in the store")
     bytes: NonNegativeInt
     sha256: str = Field(description="Hash over the names and hashes of the folder's files")
     metrics: dict[str, FiniteFloat] = Field(description="On the held-out set, after reloading what was written")
-    seconds: FiniteFloat = Field(ge=0)
+    seconds: FiniteFloat = Field(ge=0, description="To write, reload, judge and store it")
+    loss_increase: FiniteFloat | None = Field(
+        None, description="Relative rise of its loss over the unquantized model's"
+    )
+    agreement: FiniteFloat | None = Field(
+        None, ge=0, le=1, description="Share of held-out answers (a language model's next tokens) that are the same"
+    )
+    load_seconds: FiniteFloat = Field(0.0, ge=0)
+    latency: Latency | None = None
+    edges: list[str] = Field(default_factory=list, description="Edges whose memory `auto` chose it for")
+    kept: bool = Field(True, description="False when it was neither registered nor logged")
+    reason: str = Field("", description="The verdict on its loss, in words")
 
 
 class RoundRecord(Record):
@@ -260,11 +282,22 @@ class PlanReport(Record):
     measured: MeasuredCost | None
 
 
+class CheckReport(Record):
+    """One measured number against one threshold; without a threshold the number is only recorded."""
+
+    name: str
+    value: float
+    threshold: float | None
+    passed: bool
+    reason: str
+
+
 class DecisionReport(Record):
     """Whether the gate promoted the version, and why."""
 
     promoted: bool
     reasons: list[str]
+    checks: list[CheckReport] = Field(default_factory=list)
 
 
 class ModelReport(Record):
@@ -289,6 +322,7 @@ class ReleaseReport(Record):
 
     exports: list[ExportRecord]
     model: ModelReport
+    baseline_metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
 
 
 class RunResult(Record):

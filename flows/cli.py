@@ -110,6 +110,21 @@ def status(
 
 
 @app.command()
+def report(
+    run_name: Annotated[str, typer.Argument(metavar="RUN", help="Name of the run, finished or not")],
+    store: StoreRoot = DEFAULT_STORE,
+    out: Annotated[Path | None, typer.Option(help="Page to write; RUN.html if left out", dir_okay=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's report: one HTML page that opens from disk without a network."""
+    with _explained(as_json):
+        from tasks.report import write_report
+
+        path = write_report(store, run_name, out or Path(f"{run_name}.html"))
+        _print({"run": run_name, "report": str(path)}, as_json, lambda document: str(path))
+
+
+@app.command()
 def release(
     run_name: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run whose rounds are done")],
     store: StoreRoot = DEFAULT_STORE,

@@ -13,6 +13,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import PlanError, TrackingError
 from fedpipe_core.evaluation import metrics_of
+from fedpipe_core.report import render_page
 from fedpipe_core.schemas import FederationPlan, RoundRecord, RunResult, SavedPlan
 from flows.deployed import require_lasting_places
 from flows.release import release_model, track
@@ -20,6 +21,7 @@ from tasks import edge, federation, progress, reports, tracking
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator
 from tasks.records import RunKeys, get_record, put_record
+from tasks.report import read_facts
 from tasks.reports import Outcome
 from tasks.storage import open_store
 from tasks.tracking import TrackedRun
@@ -76,6 +78,8 @@ def federated_finetune(
     result = reports.run_result(coordinator, tracked, outcome, released, seconds)
     put_record(store, keys.result, result)
     tracking.log_json(tracked, result.model_dump(mode="json"), "result.json")
+    if released is None:  # a release logs the page with its own part
+        tracking.log_text(tracked, render_page(read_facts(store, keys)), "report.html")
     tracking.close_run(tracked, "FINISHED")
     return result
 

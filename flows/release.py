@@ -1,9 +1,10 @@
 """Release a finished run: export, judge, register, promote."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ReleaseError
@@ -35,9 +36,31 @@ def release_model(run: str, store: str = ".fedpipe/store", baseline: dict[str, f
     with step.written:
         exports = [release.export(step, scheme) for scheme in coordinator.config.release.exports]
         version = release.register(step, exports)
-        report = ReleaseReport(exports=exports, model=release.promote(step, version))
+        report = ReleaseReport(
+            exports=exports, model=release.promote(step, version), baseline_metrics=dict(step.baseline)
+        )
+    release.publish(step, report)
+    create_table_artifact(gate_rows(report), key="gate", description=f"Gate of {run}")
     create_markdown_artifact(_summary(report), key="release", description=f"Release of {run}")
     return report
+
+
+def gate_rows(report: ReleaseReport) -> list[dict[str, Any]]:
+    """The gate's checks as a table; one row with the reason where nothing had to be checked."""
+    decision = report.model.decision
+    if not decision.checks:
+        reason = "; ".join(decision.reasons)
+        return [{"check": "none", "number": "", "threshold": "", "verdict": "unchanged", "in words": reason}]
+    return [
+        {
+            "check": check.name,
+            "number": round(check.value, 6),
+            "threshold": "" if check.threshold is None else check.threshold,
+            "verdict": "passed" if check.passed else "failed",
+            "in words": check.reason,
+        }
+        for check in decision.checks
+    ]
 
 
 def track(coordinator: Coordinator) -> TrackedRun:

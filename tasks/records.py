@@ -12,7 +12,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from fedpipe_core.errors import IntegrityError, ObjectMissingError, RunError
-from fedpipe_core.schemas import DataReference, Record
+from fedpipe_core.schemas import DataReference, Record, RoundRecord
 from tasks.storage import ObjectStore
 
 R = TypeVar("R", bound=Record)
@@ -102,6 +102,14 @@ def recorded_edges(store: ObjectStore, folder: str) -> list[str]:
     """Ids of the edges with a record in a folder (`profiles`, `updates` or `failures`): one request for all edges."""
     paths = map(PurePosixPath, store.list(folder))
     return [path.stem for path in paths if path.suffix == ".json"]
+
+
+def closed_rounds(store: ObjectStore, keys: RunKeys) -> list[RoundRecord]:
+    """The records of the rounds closed so far, from the first on."""
+    closed: list[RoundRecord] = []
+    while (record := get_record(store, keys.round_record(len(closed) + 1), RoundRecord)) is not None:
+        closed.append(record)
+    return closed
 
 
 def put_data(store: ObjectStore, key: str, data: bytes) -> DataReference:

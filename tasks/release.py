@@ -4,6 +4,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -16,12 +17,15 @@ from fedpipe_core.export import EXPORT_SCHEMES, TunedModel, folder_sha256
 from fedpipe_core.gate import Decision, decide
 from fedpipe_core.model_card import CardFacts, license_of, render_card
 from fedpipe_core.predictions import Predictions, metric_interval
+from fedpipe_core.report import render_page
 from fedpipe_core.schemas import (
+    CheckReport,
     DecisionReport,
     ExportRecord,
     FederationPlan,
     FederationRecord,
     ModelReport,
+    ReleaseReport,
     RoundRecord,
 )
 from tasks import progress, registry, tracking
@@ -30,6 +34,7 @@ from tasks.federation import Coordinator, read_profiles
 from tasks.lineage import lasting_root, needed_record, run_manifest
 from tasks.records import put_data_file, put_record
 from tasks.registry import ModelVersion
+from tasks.report import read_facts
 from tasks.tracking import TrackedRun
 
 METRICS: tuple[Literal["accuracy", "macro_f1", "loss"], ...] = ("accuracy", "macro_f1", "loss")
@@ -113,8 +118,20 @@ def promote(release: Release, version: ModelVersion) -> ModelReport:
         name=version.name,
         version=version.version,
         alias=registry.CHAMPION if decision.promoted else registry.CHALLENGER,
-        decision=DecisionReport(promoted=decision.promoted, reasons=list(decision.reasons)),
+        decision=DecisionReport(
+            promoted=decision.promoted,
+            reasons=list(decision.reasons),
+            checks=[CheckReport.model_validate(asdict(check)) for check in decision.checks],
+        ),
     )
+
+
+def publish(release: Release, report: ReleaseReport) -> None:
+    """Keep what a release came to beside its exports, and the run's page in MLflow."""
+    coordinator = release.coordinator
+    coordinator.store.put(coordinator.keys.release("report.json"), report.model_dump_json(indent=1).encode())
+    page = render_page(read_facts(coordinator.store, coordinator.keys))
+    tracking.log_text(release.tracked, page, "report.html")
 
 
 def _gate(release: Release, challenger: ModelVersion, champion: ModelVersion | None) -> Decision:

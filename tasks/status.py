@@ -3,9 +3,9 @@
 from typing import Any
 
 from fedpipe_core.errors import ConfigError
-from fedpipe_core.schemas import FederationRecord, RoundRecord, RunResult
-from tasks.records import RunKeys, get_record, recorded_edges
-from tasks.storage import ObjectStore, open_store
+from fedpipe_core.schemas import FederationRecord, RunResult
+from tasks.records import RunKeys, closed_rounds, get_record, recorded_edges
+from tasks.storage import open_store
 
 
 def list_runs(root: str) -> list[str]:
@@ -20,7 +20,7 @@ def describe_run(root: str, run: str) -> dict[str, Any]:
     record = get_record(store, keys.federation, FederationRecord)
     if record is None:
         raise ConfigError(f"run {run} is not in {store.root}; there are: {', '.join(list_runs(root)) or 'none'}")
-    rounds = _closed_rounds(store, keys)
+    rounds = closed_rounds(store, keys)
     result = get_record(store, keys.result, RunResult)
     return {
         "run": run,
@@ -33,10 +33,3 @@ def describe_run(root: str, run: str) -> dict[str, Any]:
         "metrics": rounds[-1].metrics if rounds else None,
         "adapter_sha256": rounds[-1].adapter_sha256 if rounds else None,
     }
-
-
-def _closed_rounds(store: ObjectStore, keys: RunKeys) -> list[RoundRecord]:
-    closed: list[RoundRecord] = []
-    while (record := get_record(store, keys.round_record(len(closed) + 1), RoundRecord)) is not None:
-        closed.append(record)
-    return closed
