@@ -171,7 +171,7 @@ class PlanningSpec(Spec):
         description="Deadline of a round in seconds, shared by all edges; chosen by the planner when left out",
     )
     under_training_penalty: float = Field(
-        1.0,
+        3.0,
         ge=0,
         description="Weight of the share of a round's planned examples an edge cannot process before the deadline",
     )
