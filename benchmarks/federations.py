@@ -175,7 +175,7 @@ def _held_out(coordinator: Coordinator) -> TokenizedExamples:
 
 def _session(coordinator: Coordinator, spec: EdgeSpec) -> EdgeSession:
     """An edge with its rows; those that other federations dealt to the same edge in the same way are read once."""
-    session = EdgeSession(coordinator.config, spec, coordinator.store, coordinator.keys, threads=1)
+    session = EdgeSession(coordinator.config, spec, coordinator.store, coordinator.keys)
     key = f"{coordinator.config.data} {coordinator.config.seed} {spec.edge_id} {spec.values}"
     if key not in _ROWS:
         _ROWS[key] = session.data

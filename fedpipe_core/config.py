@@ -62,8 +62,9 @@ class DataSpec(Spec):
     """Where examples are and what their columns mean. Paths are relative to the config file, full for a worker."""
 
     train: str = Field(
+        "",
         description="Training rows (.jsonl, .csv or .parquet, .gz too); `{edge_id}` in the path is replaced, "
-        "so each edge reads its own file"
+        "so each edge reads its own file. Left out when every edge names a `work_pool`",
     )
     test: str = Field(description="Held-out rows at the coordinator, on which every round is judged")
     text_column: str = Field("text", description="Column with the text")
@@ -130,6 +131,32 @@ class EdgeSpec(Spec):
         None, description="Declared resources; leave out to measure them at the edge"
     )
     pin: PlanPin = Field(PlanPin(), description="Parts of this edge's plan that are fixed by hand")
+    work_pool: str | None = Field(
+        None,
+        min_length=1,
+        description="Prefect work pool of the edge's own machine, whose `edge.yaml` names the rows; "
+        "the edge is served in the coordinator's process when left out",
+    )
+    work_queue: str | None = Field(
+        None, min_length=1, description="Queue of the pool at which the edge's worker looks; the edge_id when left out"
+    )
+
+
+class RemoteSpec(Spec):
+    """How long is waited for edges on machines of their own. May differ when a run is resumed."""
+
+    start_seconds: float = Field(
+        300, gt=0, le=86400, description="How long an edge may take from its start to its first sign of life"
+    )
+    profile_seconds: float = Field(3600, gt=0, le=604800, description="How long all edges' profiles are waited for")
+    grace_seconds: float = Field(
+        300, ge=0, le=604800, description="How much longer than its plan says a round may last; later edges are dropped"
+    )
+    lease_seconds: float = Field(
+        20, ge=1, le=3600, description="Silence after which an edge, or for an edge the coordinator, is taken for dead"
+    )
+    poll_seconds: float = Field(0.5, gt=0, le=60, description="Longest pause between two looks at the store")
+    restarts: int = Field(3, ge=0, le=1000, description="How often a run starts an edge that died again")
 
 
 class TrainingSpec(Spec):
@@ -308,6 +335,17 @@ class FederationConfig(Spec):
     exchange: ExchangeSpec = ExchangeSpec()
     release: ReleaseSpec = ReleaseSpec()
     tracking: TrackingSpec = TrackingSpec()
+    remote: RemoteSpec = RemoteSpec()
+
+    @property
+    def local_edges(self) -> tuple[EdgeSpec, ...]:
+        """Edges served in the coordinator's process."""
+        return tuple(edge for edge in self.edges if edge.work_pool is None)
+
+    @property
+    def remote_edges(self) -> tuple[EdgeSpec, ...]:
+        """Edges on machines of their own."""
+        return tuple(edge for edge in self.edges if edge.work_pool is not None)
 
     @model_validator(mode="after")
     def _edges_fit_together(self) -> "FederationConfig":
@@ -325,15 +363,22 @@ def _edge_faults(config: FederationConfig) -> list[str]:
     ]
     if config.min_edges > len(ids):
         faults.append(f"min_edges is {config.min_edges} but only {len(ids)} edges are listed")
+    if config.local_edges and not config.data.train:
+        faults.append(f"data.train is missing, the rows of edge {config.local_edges[0].edge_id!r}; name the file")
+    faults += [
+        f"edge {edge.edge_id!r} names work_queue {edge.work_queue!r} but no work_pool; name the pool it belongs to"
+        for edge in config.local_edges
+        if edge.work_queue is not None
+    ]
     return faults
 
 
 def _partition_faults(config: FederationConfig) -> list[str]:
     partition, faults = config.data.partition, []
-    if partition is None and len(config.edges) > 1 and "{edge_id}" not in config.data.train:
+    if partition is None and len(config.local_edges) > 1 and "{edge_id}" not in config.data.train:
         faults.append("data.train is one file for all edges: add data.partition, or put {edge_id} in the path")
     by_column = partition is not None and partition.by == "column"
-    for edge in config.edges:
+    for edge in config.local_edges:
         if by_column and not edge.values:
             faults.append(f"edge {edge.edge_id!r} names no `values` of the partition column")
         if edge.values and not by_column:

@@ -31,10 +31,11 @@ def parse_config(document: dict[str, Any], source: str = "config") -> Federation
     try:
         return FederationConfig.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(f"{source} has {_describe_faults(error)}") from None
+        raise ConfigError(f"{source} has {describe_faults(error)}") from None
 
 
-def _describe_faults(error: ValidationError) -> str:
+def describe_faults(error: ValidationError) -> str:
+    """Every fault of a config with its place, and how many there are."""
     lines = []
     for fault in _root_faults(error):
         location = ".".join(str(part) for part in fault["loc"]) or "the whole"
@@ -115,7 +116,7 @@ def _parse_value(key: str, text: str) -> Any:
 
 def _resolve_paths(config: FederationConfig, folder: Path) -> FederationConfig:
     def resolve(path: str) -> str:
-        return path if "://" in path else str((folder / path).resolve())
+        return path if not path or "://" in path else str((folder / path).resolve())
 
     base = config.model.base
     local_base = base if base.startswith("package:") or not (folder / base).exists() else resolve(base)

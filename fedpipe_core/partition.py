@@ -49,7 +49,7 @@ def load_partition(config: FederationConfig) -> Partition:
     path = Path(config.data.train)
     status = path.stat() if path.exists() else None
     version = (status.st_size, status.st_mtime_ns) if status else (0, 0)
-    edges = tuple(EdgeSpec(edge_id=edge.edge_id, values=edge.values) for edge in config.edges)
+    edges = tuple(EdgeSpec(edge_id=edge.edge_id, values=edge.values) for edge in config.local_edges)
     with _reading:  # edges that start together wait for one read instead of making one each
         return _read_partition(config.data, edges, config.seed, version)
 

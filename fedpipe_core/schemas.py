@@ -220,6 +220,17 @@ class Latency(Record):
     pairs: PositiveInt
 
 
+class LeaseRecord(Record):
+    """A sign of life of a coordinator or an edge; the one kind of record that is written over, again and again."""
+
+    owner: str = Field(description="Id of the process that holds the lease: an edge's is its flow run's")
+    beat: NonNegativeInt = Field(description="Counts up, so that every sign of life differs from the last")
+    ended: Literal["done", "left", "failed", "orphaned"] | None = Field(
+        None, description="How the holder ended; nothing while it lives"
+    )
+    reason: str = Field("", description="Why it ended, in words")
+
+
 class ExportRecord(Record):
     """One written form of the released model, and what was found after reloading it in a fresh process."""
 

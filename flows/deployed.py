@@ -48,7 +48,9 @@ def require_lasting_store(store: str) -> None:
 def check_paths(places: Mapping[str, str]) -> None:
     """Raise ConfigError unless every place, by the key that names it, is an absolute path or an address."""
     relative = [
-        f"{key} {place!r}" for key, place in places.items() if "://" not in place and not Path(place).is_absolute()
+        f"{key} {place!r}"
+        for key, place in places.items()
+        if place and "://" not in place and not Path(place).is_absolute()
     ]
     if relative:
         raise ConfigError(

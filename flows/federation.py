@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 
 from prefect import Task, flow, runtime
@@ -17,10 +18,11 @@ from fedpipe_core.report import render_page
 from fedpipe_core.schemas import FederationPlan, RoundRecord, RunResult, SavedPlan
 from flows.deployed import require_lasting_places
 from flows.release import release_model, track
-from tasks import edge, federation, progress, reports, tracking
-from tasks.edge import EdgeSession
+from tasks import edge, federation, progress, remote_edges, reports, tracking
+from tasks.edge import EdgeSession, Machine
 from tasks.federation import Coordinator
 from tasks.records import RunKeys, get_record, put_record
+from tasks.remote_edges import RemoteEdge
 from tasks.report import read_facts
 from tasks.reports import Outcome
 from tasks.storage import open_store
@@ -36,6 +38,14 @@ def _title() -> str:
     """Name of the flow run in Prefect's UI: the run's, or the federation's when the run was given none."""
     parameters = runtime.flow_run.parameters
     return parameters["run"] or str(parameters["config"].name)
+
+
+@dataclass(frozen=True)
+class Edges:
+    """The edges served in this process, and those on machines of their own."""
+
+    local: Sequence[EdgeSession]
+    remote: Sequence[RemoteEdge] = ()
 
 
 @flow(name="federated_finetune", flow_run_name=_title)
@@ -65,15 +75,14 @@ def federated_finetune(
     done = get_record(store, keys.result, RunResult)
     if done is not None:
         return done
-    plan = _plan(coordinator, sessions, saved_plan)
-    tracked = track(coordinator)
-    try:
-        outcome = _run_rounds(coordinator, sessions, plan, tracked)
+    with remote_edges.serving(coordinator) as remotes:
+        edges = Edges(sessions, remotes)
+        plan = _plan(coordinator, edges, saved_plan)
+        tracked = track(coordinator)
+        with _closing_on_failure(tracked):
+            outcome = _run_rounds(coordinator, edges, plan, tracked)
+    with _closing_on_failure(tracked):
         released = release_model(keys.run, store.root, dict(outcome.baseline)) if release else None
-    except BaseException as error:
-        with suppress(TrackingError):  # the first error is the one to tell
-            tracking.close_run(tracked, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
     seconds = time.perf_counter() - started
     result = reports.run_result(coordinator, tracked, outcome, released, seconds)
     put_record(store, keys.result, result)
@@ -84,6 +93,17 @@ def federated_finetune(
     return result
 
 
+@contextmanager
+def _closing_on_failure(tracked: TrackedRun) -> Iterator[None]:
+    """Tell MLflow when the block fails or is interrupted."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(TrackingError):  # the first error is the one to tell
+            tracking.close_run(tracked, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+
+
 def _read_all_data(coordinator: Coordinator, sessions: Sequence[EdgeSession]) -> None:
     """Find faults in anyone's data before the run leaves a trace in the store."""
     with progress.working("coordinator", "load model and data"):
@@ -92,11 +112,11 @@ def _read_all_data(coordinator: Coordinator, sessions: Sequence[EdgeSession]) ->
         coordinator.held_out, coordinator.label_names, coordinator.slices  # noqa: B018
 
 
-def _plan(coordinator: Coordinator, sessions: Sequence[EdgeSession], saved_plan: SavedPlan | None) -> FederationPlan:
+def _plan(coordinator: Coordinator, edges: Edges, saved_plan: SavedPlan | None) -> FederationPlan:
     try:
         if saved_plan is not None:
             federation.adopt_plan(coordinator, saved_plan)
-        on_all_edges(edge.profile, sessions, shape=coordinator.shape)
+        profile_edges(coordinator, edges)
         plan = federation.plan(coordinator)
     except PlanError:
         if not coordinator.store.exists(coordinator.keys.plan):
@@ -106,14 +126,19 @@ def _plan(coordinator: Coordinator, sessions: Sequence[EdgeSession], saved_plan:
     return plan
 
 
-def _run_rounds(
-    coordinator: Coordinator, sessions: Sequence[EdgeSession], plan: FederationPlan, tracked: TrackedRun
-) -> Outcome:
+def profile_edges(coordinator: Coordinator, edges: Edges) -> None:
+    """Have every edge publish its profile, unless there is a plan already."""
+    if not coordinator.store.exists(coordinator.keys.plan):
+        on_all_edges(edge.profile, edges.local, shape=coordinator.shape)
+        remote_edges.await_profiles(coordinator, edges.remote)
+
+
+def _run_rounds(coordinator: Coordinator, edges: Edges, plan: FederationPlan, tracked: TrackedRun) -> Outcome:
     federation.publish_first_adapter(coordinator, plan)
     baseline = metrics_of(federation.evaluate(coordinator, 1, whole=True))
     progress.note(f"before training: {reports.metrics_line(baseline)}")
     tracking.log_round(tracked, 0, baseline, {})
-    rounds = _all_rounds(coordinator, sessions, plan)
+    rounds = _all_rounds(coordinator, edges, plan)
     with progress.working("coordinator", "record the rounds in MLflow"):
         for record in rounds:
             tracking.log_round(tracked, record.round, *reports.tracked_metrics(record))
@@ -124,29 +149,27 @@ def _run_rounds(
 
 def edge_sessions(coordinator: Coordinator) -> list[EdgeSession]:
     """The edges served in this process."""
-    edges, cores = coordinator.config.edges, os.cpu_count() or 1
-    threads = max(1, cores // _edges_at_once(coordinator.config))
-    return [EdgeSession(coordinator.config, spec, coordinator.store, coordinator.keys, threads) for spec in edges]
+    config, cores = coordinator.config, os.cpu_count() or 1
+    machine = Machine(threads=max(1, cores // _edges_at_once(config)))
+    return [EdgeSession(config, spec, coordinator.store, coordinator.keys, machine) for spec in config.local_edges]
 
 
-def _all_rounds(coordinator: Coordinator, sessions: Sequence[EdgeSession], plan: FederationPlan) -> list[RoundRecord]:
+def _all_rounds(coordinator: Coordinator, edges: Edges, plan: FederationPlan) -> list[RoundRecord]:
     records: list[RoundRecord] = []
     with progress.working("federation", "rounds", coordinator.config.rounds) as advance:
         for index in range(coordinator.config.rounds):
-            records.append(_one_round(coordinator, sessions, plan, index + 1))
+            records.append(_one_round(coordinator, edges, plan, index + 1))
             advance()
     return records
 
 
-def _one_round(
-    coordinator: Coordinator, sessions: Sequence[EdgeSession], plan: FederationPlan, round_index: int
-) -> RoundRecord:
+def _one_round(coordinator: Coordinator, edges: Edges, plan: FederationPlan, round_index: int) -> RoundRecord:
     known = get_record(coordinator.store, coordinator.keys.round_record(round_index), RoundRecord)
     if known is not None:
         return known
     started = time.perf_counter()
-    federation.forget_failures(coordinator, round_index)
-    on_all_edges(edge.train_round, sessions, round_index=round_index)
+    if not coordinator.store.exists(coordinator.keys.global_record(round_index + 1)):
+        _train(coordinator, edges, plan, round_index)
     aggregate = federation.aggregate_round(coordinator, plan, round_index)
     last = round_index == coordinator.config.rounds
     metrics = metrics_of(federation.evaluate(coordinator, round_index + 1, whole=last))
@@ -156,8 +179,17 @@ def _one_round(
     return record
 
 
+def _train(coordinator: Coordinator, edges: Edges, plan: FederationPlan, round_index: int) -> None:
+    started = time.monotonic()
+    federation.forget_failures(coordinator, round_index)
+    on_all_edges(edge.train_round, edges.local, round_index=round_index)
+    remote_edges.await_updates(coordinator, edges.remote, plan, round_index, time.monotonic() - started)
+
+
 def on_all_edges(step: Task, sessions: Sequence[EdgeSession], **parameters: object) -> None:  # type: ignore[type-arg]
     """Run one step on every edge, as many at once as the machine is meant to carry; the first error is raised."""
+    if not sessions:
+        return
     runner: ThreadPoolTaskRunner[None] = ThreadPoolTaskRunner(max_workers=_edges_at_once(sessions[0].config))
     edge.allow_training()
     with runner:
@@ -171,4 +203,4 @@ def on_all_edges(step: Task, sessions: Sequence[EdgeSession], **parameters: obje
 
 
 def _edges_at_once(config: FederationConfig) -> int:
-    return config.concurrency or min(len(config.edges), os.cpu_count() or 1)
+    return config.concurrency or min(len(config.local_edges), os.cpu_count() or 1) or 1

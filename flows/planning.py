@@ -12,8 +12,8 @@ from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import PlanError, StoreError
 from fedpipe_core.planning import infeasible_edges
 from fedpipe_core.schemas import FederationPlan, SavedPlan
-from flows.federation import edge_sessions, on_all_edges
-from tasks import edge, federation, reports
+from flows.federation import Edges, edge_sessions, profile_edges
+from tasks import federation, remote_edges, reports
 from tasks.federation import Coordinator
 from tasks.records import RunKeys
 from tasks.storage import open_store
@@ -28,7 +28,10 @@ def plan_federation(config: FederationConfig, save: str | None = None) -> tuple[
     keys = RunKeys(f"{config.name}-plan-{datetime.now():%Y%m%d-%H%M%S-%f}")
     coordinator = Coordinator(config, open_store(config.store), keys)
     try:
-        on_all_edges(edge.profile, edge_sessions(coordinator), shape=coordinator.shape)
+        if config.remote_edges:
+            federation.open_federation(config, coordinator.store, keys, resume=False)
+        with remote_edges.serving(coordinator) as remotes:
+            profile_edges(coordinator, Edges(edge_sessions(coordinator), remotes))
         return _planned(coordinator, save)
     finally:
         federation.withdraw_federation(coordinator)

@@ -9,6 +9,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from fedpipe_core.errors import FedPipeError, IntegrityError
 from fedpipe_core.evaluation import metrics_of, predict
 from fedpipe_core.low_rank import LowRank
 from fedpipe_core.memory import training_memory_bytes
-from fedpipe_core.model import Base, load_base
+from fedpipe_core.model import Base, load_base, model_shape
 from fedpipe_core.partition import load_edge_examples
 from fedpipe_core.profiling import EdgeData, profile_edge
 from fedpipe_core.schemas import (
@@ -41,7 +42,7 @@ from fedpipe_core.training import TrainingReport, rate_factor, train
 from fedpipe_core.wire import decode_adapter, encode_adapter
 from fedpipe_core.wire_updates import encode_update
 from tasks import progress
-from tasks.records import RunKeys, get_data, get_record, put_data, put_record
+from tasks.records import RunKeys, get_data, get_record, offer_record, put_data, put_record
 from tasks.storage import ObjectStore
 
 _loading = threading.Lock()
@@ -67,14 +68,33 @@ def dense_base(config: FederationConfig) -> Base:
     return shared_base(config, widest if widest >= 16 else 16 if torch.cuda.is_available() else 32)
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What the machine gives an edge: threads, a limit on memory if any, a folder for what never leaves the edge."""
+
+    threads: int = 1
+    memory_bytes: int | None = None
+    state: Path | None = None
+
+
 class EdgeSession:
     """What one edge keeps between rounds: its rows, tokenized, and its model once the plan is known.
 
-    A plain class, since Prefect walks through every dataclass it is handed.
+    `check` is called between steps and ends the work by what it raises. A plain class, since Prefect walks through
+    every dataclass it is handed.
     """
 
-    def __init__(self, config: FederationConfig, edge: EdgeSpec, store: ObjectStore, keys: RunKeys, threads: int):
-        self.config, self.edge, self.store, self.keys, self.threads = config, edge, store, keys, threads
+    def __init__(
+        self,
+        config: FederationConfig,
+        edge: EdgeSpec,
+        store: ObjectStore,
+        keys: RunKeys,
+        machine: Machine | None = None,
+    ):
+        self.config, self.edge, self.store, self.keys = config, edge, store, keys
+        self.machine = machine or Machine()
+        self.check: Callable[[], None] = check_not_stopped
 
     @property
     def edge_id(self) -> str:
@@ -83,13 +103,22 @@ class EdgeSession:
 
     @functools.cached_property
     def federation_plan(self) -> FederationPlan:
-        """What every edge shall do. Raises IntegrityError while there is none."""
-        plan = get_record(self.store, self.keys.plan, FederationPlan)
+        """What every edge shall do, in the first plan that has this edge. Raises IntegrityError while there is none."""
+        plan = self._find_plan()
         if plan is None:
-            raise IntegrityError(
-                f"{self.edge_id}: {self.keys.plan} is not in the store, so there is nothing to train by"
-            )
+            raise IntegrityError(f"{self.edge_id}: {self.keys.plan} is missing or has no such edge; resume the run")
         return plan
+
+    def is_planned(self) -> bool:
+        """Whether there is a plan that has this edge."""
+        return self._find_plan() is not None
+
+    def _find_plan(self) -> FederationPlan | None:
+        for key in (self.keys.plan, *self.store.list(self.keys.joined_plans)):
+            plan = get_record(self.store, key, FederationPlan)
+            if plan is not None and self.edge_id in plan.edges:
+                return plan
+        return None
 
     @property
     def plan(self) -> EdgePlan:
@@ -114,6 +143,11 @@ class EdgeSession:
         """The base on which the edge is profiled."""
         return dense_base(self.config)
 
+    @property
+    def shape(self) -> ModelShape:
+        """What the cost model needs to know of the base."""
+        return model_shape(self.profile_base.model, self.config.data.labels)
+
     @functools.cached_property
     def model(self) -> EdgeModel:
         """The edge's adapters and head on the planned base; built in the first round."""
@@ -136,12 +170,14 @@ class EdgeSession:
     @property
     def state(self) -> Path:
         """Folder of what never leaves the edge."""
+        if self.machine.state is not None:
+            return self.machine.state / self.keys.run / self.edge_id
         root = Path(self.store.root) if "://" not in self.store.root else Path(".fedpipe/store")
         return root.parent / "edges" / self.keys.run / self.edge_id
 
 
 class StoppedError(BaseException):
-    """Raised in a training thread when the run was interrupted; like KeyboardInterrupt, no edge's fault."""
+    """Raised at work for a run that was interrupted or has ended; like KeyboardInterrupt, no edge's fault."""
 
 
 def allow_training() -> None:
@@ -154,16 +190,24 @@ def stop_training() -> None:
     _stopping.set()
 
 
+def check_not_stopped() -> None:
+    """Raise StoppedError after `stop_training`."""
+    if _stopping.is_set():
+        raise StoppedError("the run was interrupted")
+
+
 @task(task_run_name="profile {session.edge_id}", cache_policy=NO_CACHE)
 def profile(session: EdgeSession, shape: ModelShape) -> None:
     """Measure the edge and publish its profile; a published profile is left as it is."""
     key = session.keys.profile(session.edge_id)
     if session.store.exists(key):
         return
-    torch.set_num_threads(session.threads)
+    torch.set_num_threads(session.machine.threads)
     link = None if session.edge.resources else link_bytes_per_second(session.store, session.keys, session.edge_id)
     with progress.working(session.edge_id, "profile"):
         found = profile_edge(session.edge_id, session.profile_base, shape, session.data, session.config, link)
+    if session.machine.memory_bytes is not None:
+        found = found.model_copy(update={"memory_bytes": min(found.memory_bytes, session.machine.memory_bytes)})
     put_record(session.store, key, found)
     get_run_logger().info(
         "%s: %d examples, profiled in %.1f s", found.edge_id, found.num_examples, found.profile_seconds
@@ -187,7 +231,7 @@ def train_round(session: EdgeSession, round_index: int) -> None:
         reason = str(error) if isinstance(error, FedPipeError) else f"{type(error).__name__}: {error}"
         get_run_logger().warning("%s: no update in round %d: %s", edge_id, round_index, reason, exc_info=True)
         failure = FailureRecord(run=keys.run, round=round_index, edge_id=edge_id, reason=reason)
-        put_record(session.store, keys.failure(round_index, edge_id), failure)
+        offer_record(session.store, keys.failure(round_index, edge_id), failure)  # a coordinator that gave up was first
         progress.note(f"{edge_id} returns no update from round {round_index}: {reason}")
 
 
@@ -217,7 +261,7 @@ def edge_start(config: FederationConfig, plan: EdgePlan, adapter: Adapter, round
 
 
 def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
-    torch.set_num_threads(session.threads)
+    torch.set_num_threads(session.machine.threads)
     config, keys, plan = session.config, session.keys, session.plan
     started, started_at = time.perf_counter(), time.time()
     record, adapter = read_global(session.store, keys, round_index)
@@ -264,13 +308,12 @@ def _train(session: EdgeSession, round_index: int, advance: Callable[[], None]) 
     parts = (config.seed, round_index, session.edge_id)
     batches = training_batches(session.data.train, plan.batch_size, plan.local_steps, parts)
     rate = rate_factor(config.training, round_index, config.rounds)
-    return train(session.model, _counted(batches, advance), config.training, rate)
+    return train(session.model, _counted(batches, session.check, advance), config.training, rate)
 
 
-def _counted(batches: Iterator[Batch], advance: Callable[[], None]) -> Iterator[Batch]:
+def _counted(batches: Iterator[Batch], check: Callable[[], None], advance: Callable[[], None]) -> Iterator[Batch]:
     for batch in batches:
-        if _stopping.is_set():
-            raise StoppedError("the run was interrupted")
+        check()
         yield batch
         advance()
 

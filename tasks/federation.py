@@ -42,7 +42,7 @@ from tasks import progress
 from tasks.aggregation import Combination, StoredRun, combine_updates, update_record, wire_dtype
 from tasks.edge import dense_base, read_global
 from tasks.keys import is_key
-from tasks.records import RunKeys, get_record, put_data, put_record
+from tasks.records import RunKeys, get_record, put_data, put_record, recorded_edges
 from tasks.storage import ObjectStore
 
 
@@ -124,8 +124,9 @@ def withdraw_federation(coordinator: Coordinator) -> None:
 
 def forget_failures(coordinator: Coordinator, round_index: int) -> None:
     """Let edges that failed in the open round try again."""
-    for edge in coordinator.config.edges:
-        coordinator.store.delete(coordinator.keys.failure(round_index, edge.edge_id))
+    store, keys = coordinator.store, coordinator.keys
+    for edge_id in recorded_edges(store, keys.failures(round_index)):
+        store.delete(keys.failure(round_index, edge_id))
 
 
 def adopt_plan(coordinator: Coordinator, saved: SavedPlan) -> None:
@@ -160,10 +161,10 @@ def plan(coordinator: Coordinator) -> FederationPlan:
 
 
 def read_profiles(coordinator: Coordinator) -> dict[str, EdgeProfile]:
-    """Every edge's profile, in the config's order of edges."""
+    """The profiles that are there, in the config's order of edges. An edge on a machine of its own may come later."""
     keys = {edge.edge_id: coordinator.keys.profile(edge.edge_id) for edge in coordinator.config.edges}
     found = {edge_id: get_record(coordinator.store, key, EdgeProfile) for edge_id, key in keys.items()}
-    missing = [edge_id for edge_id, profile in found.items() if profile is None]
+    missing = [edge.edge_id for edge in coordinator.config.local_edges if found[edge.edge_id] is None]
     if missing:
         raise QuorumError(f"no profile from {', '.join(missing)}; look at that edge's log, then resume the run")
     return {edge_id: profile for edge_id, profile in found.items() if profile is not None}
@@ -250,7 +251,7 @@ def _check_unchanged(known: FederationRecord, now: FederationRecord) -> None:
             f"run {known.run} was started on base model {known.base_sha256[:12]}, found {now.base_sha256[:12]}; "
             "bring back the model it was started on, or start a new run"
         )
-    changed = _changed_keys(known.config, now.config)
+    changed = [key for key in _changed_keys(known.config, now.config) if key.partition(".")[0] != "remote"]
     if changed:
         raise ConfigError(
             f"run {known.run} was started with another config; changed since: {', '.join(changed)}; "

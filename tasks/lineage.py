@@ -76,7 +76,8 @@ def run_manifest(store: ObjectStore, keys: RunKeys, config: FederationConfig) ->
 
     Raises ReleaseError or ObjectMissingError naming what is missing.
     """
-    records, data = [keys.federation, keys.plan, *(keys.profile(edge.edge_id) for edge in config.edges)], {}
+    plan = needed_record(store, keys.plan, FederationPlan)
+    records, data = [keys.federation, keys.plan, *map(keys.profile, plan.edges)], {}
     for index in range(1, config.rounds + 2):
         made = needed_record(store, keys.global_record(index), GlobalRecord)
         records.append(keys.global_record(index))

@@ -23,7 +23,8 @@ class RunKeys:
     """Every key of one run, relative to the store. A present record means that its step is done.
 
     federation.json, plan.json, profiles/<edge>.json, manifest.json, release/<name>, result.json, and per round:
-    rounds/0003/{global,round}.json, global.safetensors, updates/<edge>.{safetensors,json}, failures/<edge>.json.
+    rounds/0003/{global,round}.json, global.safetensors, updates/<edge>.{safetensors,json}, failures/<edge>.json, and
+    plans/0003.json where an edge joined in round 3. Signs of life are in leases/.
     """
 
     run: str
@@ -89,6 +90,24 @@ class RunKeys:
         """Why an edge returned nothing."""
         return f"{self.failures(round_index)}/{edge_id}.json"
 
+    @property
+    def coordinator_lease(self) -> str:
+        """The coordinator's sign of life."""
+        return f"{self.run}/leases/coordinator.json"
+
+    def edge_lease(self, edge_id: str) -> str:
+        """An edge's sign of life, apart from the coordinator's, whose name an edge may have."""
+        return f"{self.run}/leases/edges/{edge_id}.json"
+
+    @property
+    def joined_plans(self) -> str:
+        """Folder of the plans made for edges that joined later."""
+        return f"{self.run}/plans"
+
+    def joined_plan(self, round_index: int) -> str:
+        """The plan from this round on, where an edge joined: the one before it, and that edge's."""
+        return f"{self.joined_plans}/{round_index:04d}.json"
+
     def round_record(self, round_index: int) -> str:
         """Closes a round."""
         return f"{self.round_folder(round_index)}/round.json"
@@ -153,6 +172,11 @@ def put_record(store: ObjectStore, key: str, record: Record) -> None:
             f"store {store.root}: {key} was written before with other content, and a record is never changed; "
             "give the run another name, or resume it with what it was started with"
         )
+
+
+def offer_record(store: ObjectStore, key: str, record: Record) -> bool:
+    """Write a record unless one stands there, which two writers may try: True when this call wrote it."""
+    return store.put_new(key, record.model_dump_json(indent=1).encode())
 
 
 def get_record(store: ObjectStore, key: str, kind: type[R]) -> R | None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
-from prefect_processes import call, prefect_server, running, wait_for
+from prefect_processes import running, wait_for
+from remote_federation import deployed_server
 from tiny_federation import write_federation
 
 from fedpipe_core.config import FederationConfig
@@ -26,9 +27,7 @@ ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A server on which everything in `prefect.yaml` is deployed."""
-    with prefect_server(tmp_path_factory.mktemp("prefect")) as environment:
-        call(["work-pool", "create", "fedpipe", "--type", "process"], environment, ROOT)
-        call(["--no-prompt", "deploy", "--all"], environment, ROOT)
+    with deployed_server(tmp_path_factory.mktemp("prefect")) as environment:
         yield environment
 
 
@@ -95,12 +94,19 @@ def test_federation_is_scheduled_but_inactive_and_runs_one_at_a_time(api: httpx.
     assert found["concurrency_options"]["collision_strategy"] == "ENQUEUE"
 
 
-@pytest.mark.parametrize("name", ["federated_finetune/intents", "release_model/any-run"])
-def test_deployments_are_module_entry_points_that_pull_nothing(api: httpx.Client, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "pool"),
+    [
+        ("federated_finetune/intents", "fedpipe"),
+        ("release_model/any-run", "fedpipe"),
+        ("serve_edge/edges", "edges"),
+    ],
+)
+def test_deployments_are_module_entry_points_that_pull_nothing(api: httpx.Client, name: str, pool: str) -> None:
     found = deployment(api, name)
     assert found["entrypoint"].startswith("flows.")
     assert not found["pull_steps"]
-    assert (found["work_pool_name"], found["tags"][0]) == ("fedpipe", "fedpipe")
+    assert (found["work_pool_name"], found["tags"][0]) == (pool, "fedpipe")
 
 
 def test_form_is_filled_in_with_the_example_at_absolute_paths(api: httpx.Client) -> None:

@@ -20,7 +20,7 @@ def coordinator_at(config: FederationConfig, store: Path) -> Coordinator:
 def sessions_of(coordinator: Coordinator) -> dict[str, EdgeSession]:
     """A session for every edge of a coordinator's run."""
     config, store, keys = coordinator.config, coordinator.store, coordinator.keys
-    return {spec.edge_id: EdgeSession(config, spec, store, keys, threads=1) for spec in config.edges}
+    return {spec.edge_id: EdgeSession(config, spec, store, keys) for spec in config.edges}
 
 
 def prepare(coordinator: Coordinator, sessions: dict[str, EdgeSession]) -> FederationPlan:

@@ -183,7 +183,7 @@ def test_what_a_short_format_leaves_out_stays_at_the_edge(tiny_config: Federatio
 def test_state_of_an_edge_on_s3_lies_in_the_working_directorys_own_folder(
     tiny_config: FederationConfig, s3_root: str
 ) -> None:
-    session = EdgeSession(tiny_config, tiny_config.edges[0], open_store(s3_root), RunKeys("run"), threads=1)
+    session = EdgeSession(tiny_config, tiny_config.edges[0], open_store(s3_root), RunKeys("run"))
     assert session.state == Path(".fedpipe/edges/run/east")
 
 
@@ -193,7 +193,7 @@ def test_edges_of_a_process_share_one_base(sessions: dict[str, EdgeSession]) -> 
 
 
 def test_session_without_a_plan_says_so(sessions: dict[str, EdgeSession]) -> None:
-    with pytest.raises(IntegrityError, match=r"east: run/plan.json is not in the store"):
+    with pytest.raises(IntegrityError, match=r"east: run/plan.json is missing or has no such edge"):
         _ = sessions["east"].plan
 
 

@@ -1,0 +1,39 @@
+"""One edge on a machine of its own: a single warm flow run that serves all rounds of a federation."""
+
+from prefect import flow, runtime
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Completed
+
+from fedpipe_core.edge_config import find_edge_config
+from fedpipe_core.errors import ConfigError
+from tasks import edge, served_edge
+from tasks.edge import StoppedError
+from tasks.served_edge import ServedEdge
+
+
+@flow(name="serve_edge", flow_run_name="{edge_id} serves {run}", retries=1, retry_delay_seconds=10)
+def serve_edge(run: str, store: str, edge_id: str) -> State[None]:
+    """Profile this machine's edge once, then train every round of a run; the coordinator starts this flow.
+
+    Args:
+        run: Name of the run.
+        store: Object store that holds the run: an absolute folder or s3://bucket/prefix.
+        edge_id: Name of the edge, which must be that of this machine's edge.yaml.
+    """
+    own = find_edge_config()
+    if own.edge_id != edge_id:
+        raise ConfigError(
+            f"edge {edge_id} was asked for, and this machine's edge.yaml is for {own.edge_id}; correct work_pool and "
+            "work_queue in the federation's config, or edge_id in edge.yaml"
+        )
+    session, record = served_edge.open_session(own, run, store)
+    try:
+        with ServedEdge(session, owner=str(runtime.flow_run.id)) as served:
+            served_edge.load_base(session, record)
+            edge.profile(session, session.shape)
+            served.await_plan()
+            while round_index := served.next_round():
+                edge.train_round(session, round_index)
+    except StoppedError as stopped:
+        return Cancelled(message=str(stopped))
+    return Completed(message=f"{edge_id} served every round of {run}")

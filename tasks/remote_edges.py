@@ -1,0 +1,175 @@
+"""Edges on machines of their own, as the coordinator sees them: started, watched, waited for, and let go.
+
+An edge's flow run is started on its work pool and found again after the coordinator died. Whether it lives is read
+from its lease in the store; whether it answered, from its records. What it does is `tasks.served_edge`'s.
+"""
+
+import random
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from fedpipe_core.config import EdgeSpec, RemoteSpec
+from fedpipe_core.errors import FedPipeError, QuorumError
+from fedpipe_core.schemas import FailureRecord, FederationPlan
+from tasks import progress
+from tasks.federation import Coordinator
+from tasks.flow_runs import (
+    EdgeJob,
+    cancel_flow_run,
+    describe_flow_run,
+    give_up_flow_run,
+    start_flow_run,
+    unfinished_flow_run,
+)
+from tasks.leases import Ending, Heartbeat, LeaseWatch
+from tasks.records import offer_record, recorded_edges
+
+
+class RemoteEdge:
+    """One edge, and the flow run in which it is served."""
+
+    def __init__(self, coordinator: Coordinator, spec: EdgeSpec):
+        store, keys, self._limits = coordinator.store, coordinator.keys, coordinator.config.remote
+        address = store.root if "://" in store.root else str(Path(store.root).absolute())
+        self._job = EdgeJob(keys.run, address, spec)
+        self._lease = LeaseWatch(store, keys.edge_lease(spec.edge_id), self._limits.lease_seconds)
+        self._flow_run_id, self._started_at, self._starts = "", 0.0, 0
+
+    @property
+    def edge_id(self) -> str:
+        """The edge's name."""
+        return self._job.edge.edge_id
+
+    def start(self) -> None:
+        """Find the edge's flow run again, or start one. Raises ConfigError or OrchestratorError when that fails."""
+        found, lease = unfinished_flow_run(self._job), self._lease.look()
+        ended = lease is not None and lease.owner == found and lease.ended is not None
+        if found is None or ended:
+            self._start_anew()
+        else:
+            self._flow_run_id, self._started_at = found, time.monotonic()
+
+    def trouble(self) -> str | None:
+        """Why no answer is to be expected; None while there is. An edge that died is started again on the way."""
+        lease = self._lease.look()
+        if lease is None or lease.owner != self._flow_run_id:
+            return self._not_started()
+        if lease.ended in ("left", "failed", "done"):
+            return f"{lease.ended}: {lease.reason}" if lease.reason else str(lease.ended)
+        if lease.ended is None and not self._lease.expired:
+            return None
+        silence = lease.reason or f"gave no sign of life for {self._lease.silent_seconds:.0f} s"
+        if self._starts > self._limits.restarts:
+            return f"{silence}, and was started {self._starts} times (remote.restarts is {self._limits.restarts})"
+        progress.note(f"{self.edge_id} {silence}; it is started again")
+        give_up_flow_run(self._flow_run_id, silence)
+        self._start_anew()
+        return None
+
+    def let_go(self, complete: bool) -> None:
+        """End the edge's flow run; one that serves a complete run ends by itself."""
+        serves = self._lease.lease is not None and self._lease.lease.owner == self._flow_run_id
+        if self._flow_run_id and not (complete and serves):
+            cancel_flow_run(self._flow_run_id)
+
+    def _start_anew(self) -> None:
+        self._starts += 1
+        self._flow_run_id, self._started_at = start_flow_run(self._job, uuid4().hex), time.monotonic()
+
+    def _not_started(self) -> str | None:
+        if time.monotonic() - self._started_at < self._limits.start_seconds:
+            return None
+        return (
+            f"did not start within {self._limits.start_seconds:g} s: {describe_flow_run(self._flow_run_id)}; is a "
+            f"worker running for queue {self._job.queue} of work pool {self._job.edge.work_pool}?"
+        )
+
+
+@contextmanager
+def serving(coordinator: Coordinator) -> Iterator[list[RemoteEdge]]:
+    """Have the run's remote edges served while the block runs; afterwards, however it ends, they stop by themselves."""
+    trained = coordinator.store.exists(coordinator.keys.global_record(coordinator.config.rounds + 1))
+    edges = [] if trained else [RemoteEdge(coordinator, spec) for spec in coordinator.config.remote_edges]
+    if not edges:
+        yield edges
+        return
+    key, seconds = coordinator.keys.coordinator_lease, coordinator.config.remote.lease_seconds
+    heartbeat = Heartbeat(coordinator.store, key, uuid4().hex, seconds)
+    heartbeat.start()
+    ended: tuple[Ending, str] = ("failed", "the coordinator was interrupted")
+    try:
+        with progress.working("coordinator", f"start {len(edges)} edges"):
+            for edge in edges:
+                edge.start()
+        yield edges
+        ended = ("done", "the run is complete")
+    except FedPipeError as error:
+        ended = ("failed", f"the run failed: {error}")
+        raise
+    finally:
+        heartbeat.end(*ended)
+        for edge in edges:
+            edge.let_go(ended[0] == "done")
+
+
+def await_profiles(coordinator: Coordinator, edges: Sequence[RemoteEdge]) -> None:
+    """Wait for the profiles of remote edges; go on without those that do not come while `min_edges` are left.
+
+    Raises QuorumError, naming every edge without a profile and why, when fewer are.
+    """
+    config, folder = coordinator.config, coordinator.keys.profiles
+    limit_seconds = config.remote.profile_seconds
+    absent = _await(edges, lambda: recorded_edges(coordinator.store, folder), limit_seconds, config.remote)
+    for edge_id, reason in absent.items():
+        progress.note(f"{edge_id} is planned for when its profile comes: {reason}")
+    present = len(config.edges) - len(absent)
+    if present < config.min_edges:
+        reasons = "; ".join(f"{edge_id} {reason}" for edge_id, reason in absent.items())
+        raise QuorumError(
+            f"{present} edges sent a profile, min_edges is {config.min_edges}; {reasons}; mend these edges and "
+            "continue with --resume"
+        )
+
+
+def await_updates(
+    coordinator: Coordinator,
+    edges: Sequence[RemoteEdge],
+    plan: FederationPlan,
+    round_index: int,
+    spent_seconds: float = 0.0,
+) -> None:
+    """Wait until the round's remote edges answered, cannot answer, or its deadline passed; record why others did not.
+
+    The deadline is the plan's, with the configured grace, less what the round took already.
+    """
+    store, keys, limits = coordinator.store, coordinator.keys, coordinator.config.remote
+    asked = [edge for edge in edges if edge.edge_id in plan.edges]
+
+    def answered() -> list[str]:
+        return recorded_edges(store, keys.updates(round_index)) + recorded_edges(store, keys.failures(round_index))
+
+    limit_seconds = plan.round_seconds + limits.grace_seconds - spent_seconds
+    for edge_id, reason in _await(asked, answered, limit_seconds, limits).items():
+        failure = FailureRecord(run=keys.run, round=round_index, edge_id=edge_id, reason=reason)
+        if offer_record(store, keys.failure(round_index, edge_id), failure):
+            progress.note(f"{edge_id} returns no update from round {round_index}: {reason}")
+
+
+def _await(
+    edges: Sequence[RemoteEdge], answered: Callable[[], Collection[str]], limit_seconds: float, limits: RemoteSpec
+) -> dict[str, str]:
+    """Wait for answers, and return why each edge without one has none."""
+    deadline = time.monotonic() + limit_seconds
+    while True:
+        present = answered()
+        waited_for = [edge for edge in edges if edge.edge_id not in present]
+        absent = {edge.edge_id: edge.trouble() for edge in waited_for}
+        late = time.monotonic() > deadline
+        if late or all(absent.values()):
+            return {
+                edge_id: reason or f"late: no answer in {limit_seconds:.0f} s" for edge_id, reason in absent.items()
+            }
+        time.sleep(random.uniform(0.5, 1.0) * limits.poll_seconds)

@@ -1,0 +1,149 @@
+"""An edge on a machine of its own: what it serves, how it waits for the coordinator, and when it stops by itself.
+
+It meets the coordinator in the store alone. What it does in a round is `tasks.edge`'s, as in local mode.
+"""
+
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from fedpipe_core.config import FederationConfig
+from fedpipe_core.edge_config import EdgeConfig, config_at_edge
+from fedpipe_core.errors import ConfigError, ModelError, UpdateRefusedError
+from fedpipe_core.schemas import FederationRecord
+from tasks.edge import EdgeSession, Machine, StoppedError
+from tasks.leases import Ending, Heartbeat, LeaseWatch
+from tasks.records import RunKeys, get_record
+from tasks.storage import open_store
+
+T = TypeVar("T")
+
+
+def open_session(own: EdgeConfig, run: str, address: str) -> tuple[EdgeSession, FederationRecord]:
+    """The session of this machine's edge in a run, and what the run is; nothing big is loaded yet.
+
+    Raises ConfigError when the run is not in the store, or does not want this edge.
+    """
+    _choose_device(own)
+    store, keys = open_store(own.store or address, write=False), RunKeys(run)
+    record = get_record(store, keys.federation, FederationRecord)
+    if record is None:
+        raise ConfigError(f"{own.edge_id}: run {run} is not in {store.root}; correct `store` in edge.yaml")
+    config = config_at_edge(FederationConfig.model_validate(record.config), own)
+    spec = next(edge for edge in config.edges if edge.edge_id == own.edge_id)
+    machine = Machine(own.threads or torch.get_num_threads(), own.memory_bytes, Path(own.state))
+    return EdgeSession(config, spec, store, keys, machine), record
+
+
+def load_base(session: EdgeSession, record: FederationRecord) -> None:
+    """Load the base, for all rounds. Raises ModelError when it is not the federation's."""
+    found = session.profile_base.sha256
+    if found != record.base_sha256:
+        raise ModelError(
+            f"{session.edge_id}: base {session.config.model.base} has hash {found[:12]}, the federation's has "
+            f"{record.base_sha256[:12]}; bring the same weights to this machine, and correct `base` in edge.yaml"
+        )
+
+
+class ServedEdge:
+    """One edge's session with its signs of life, from entering the block to leaving it.
+
+    A thread of its own renews the edge's lease and looks whether the coordinator lives and the open round is still
+    open; the work stops between two steps when not.
+    """
+
+    def __init__(self, session: EdgeSession, owner: str):
+        store, keys, seconds = session.store, session.keys, session.config.remote.lease_seconds
+        own_key = keys.edge_lease(session.edge_id)
+        self.session, self._owner = session, owner
+        self._open_round = self._closed_round = self._answered_round = 0
+        self._stop_reason: str | None = None
+        self._complete = False
+        self._coordinator = LeaseWatch(store, keys.coordinator_lease, seconds)
+        self._own = LeaseWatch(store, own_key, 0)
+        self._heartbeat = Heartbeat(store, own_key, owner, seconds, self._look)
+        session.check = self.check
+
+    def __enter__(self) -> "ServedEdge":
+        self._heartbeat.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        reason = str(error) or type(error).__name__ if error else ""
+        self._heartbeat.end(_ending_of(error), reason)
+
+    def check(self) -> None:
+        """Raise StoppedError when the edge has to stop, UpdateRefusedError when its round went on without it."""
+        if self._stop_reason is not None:
+            raise StoppedError(self._stop_reason)
+        if self._open_round and self._closed_round == self._open_round:
+            raise UpdateRefusedError(f"late: round {self._open_round} was closed before training ended")
+
+    def await_plan(self) -> None:
+        """Wait until a plan has this edge. Raises StoppedError when none is to come."""
+        self._await(lambda: self.session.is_planned() or None)
+
+    def next_round(self) -> int | None:
+        """Wait for an open round without this edge's answer; None when no round is left."""
+        return self._await(self._unanswered_round) or None
+
+    def _unanswered_round(self) -> int | None:
+        """The open round to train now: 0 when no round is left, None when there is none yet."""
+        store, keys, index = self.session.store, self.session.keys, self._open_round
+        while index <= self.session.config.rounds and store.exists(keys.global_record(index + 1)):
+            index += 1
+        if self._complete or index > self.session.config.rounds:
+            return 0
+        self._open_round = index
+        if index in (0, self._answered_round):
+            return None
+        edge_id = self.session.edge_id
+        if store.exists(keys.update_record(index, edge_id)):
+            self._answered_round = index
+        # A resumed coordinator removes the failures of its open round: the edge tries again then.
+        elif not store.exists(keys.failure(index, edge_id)):
+            return index
+        return None
+
+    def _await(self, found: Callable[[], T | None]) -> T:
+        """The first thing found, looked for until the edge has to stop."""
+        while (result := found()) is None:
+            if self._stop_reason is not None:
+                raise StoppedError(self._stop_reason)
+            time.sleep(random.uniform(0.5, 1.0) * self.session.config.remote.poll_seconds)
+        return result
+
+    def _look(self) -> None:
+        """What the heartbeat's thread looks for."""
+        coordinator, own, index = self._coordinator.look(), self._own.look(), self._open_round
+        self._complete = coordinator is not None and coordinator.ended == "done"
+        if coordinator is not None and coordinator.ended == "failed":
+            self._stop_reason = coordinator.reason
+        elif self._coordinator.expired and not self._complete:
+            self._stop_reason = f"the coordinator gave no sign of life for {self._coordinator.silent_seconds:.0f} s"
+        elif own is not None and own.owner != self._owner:
+            self._stop_reason = f"flow run {own.owner} serves this edge now"
+        if index and self.session.store.exists(self.session.keys.global_record(index + 1)):
+            self._closed_round = index
+
+
+def _ending_of(error: BaseException | None) -> Ending:
+    if error is None:
+        return "done"
+    if isinstance(error, StoppedError):
+        return "orphaned"
+    return "failed" if isinstance(error, Exception) else "left"
+
+
+def _choose_device(own: EdgeConfig) -> None:
+    if own.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif own.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"{own.edge_id}: device is cuda and torch finds no GPU; mend the driver, or say `device: cpu` in edge.yaml"
+        )

@@ -1,0 +1,62 @@
+"""The tiny federation with edges on machines of their own: a Prefect server, a worker and an edge.yaml per edge."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prefect_processes import call, prefect_server, running
+from tiny_federation import EDGES, RESOURCES
+
+ROOT = Path(__file__).parents[2]
+POOL = "edges"
+
+
+@contextmanager
+def deployed_server(home: Path) -> Iterator[dict[str, str]]:
+    """A Prefect server on which everything in `prefect.yaml` is deployed; the environment in which it is found."""
+    with prefect_server(home) as environment:
+        for pool in ("fedpipe", POOL):
+            call(["work-pool", "create", pool, "--type", "process"], environment, ROOT)
+        call(["--no-prompt", "deploy", "--all"], environment, ROOT)
+        yield environment
+
+
+def edges_of(remote: Sequence[str]) -> list[dict[str, Any]]:
+    """The edges of the tiny federation, those named on machines of their own."""
+    return [
+        {"edge_id": edge_id, "resources": dict(RESOURCES), **({"work_pool": POOL} if edge_id in remote else {})}
+        for edge_id in EDGES
+    ]
+
+
+def write_edge_config(folder: Path, edge_id: str, rows: Path, **changes: Any) -> Path:
+    """Write the edge.yaml of one edge into a folder of its own."""
+    path = folder / edge_id / "edge.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"edge_id": edge_id, "data": {"train": str(rows)}, "device": "cpu", "threads": 1, **changes}
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return path
+
+
+@contextmanager
+def edge_worker(environment: dict[str, str], config: Path, edge_id: str) -> Iterator[Path]:
+    """Run a worker for one edge, as at the edge; the value is its log."""
+    arguments = ["worker", "start", "--pool", POOL, "--work-queue", edge_id, "--name", edge_id]
+    with running(arguments, environment | {"FEDPIPE_EDGE_CONFIG": str(config)}, config.parent / "worker.log") as log:
+        yield log
+
+
+@contextmanager
+def edge_workers(environment: dict[str, str], folder: Path, edges: Sequence[str]) -> Iterator[dict[str, Path]]:
+    """Workers for several edges, whose rows lie in `folder` under their names; their logs by edge."""
+    with ExitStack() as stack:
+        yield {
+            edge_id: stack.enter_context(
+                edge_worker(
+                    environment, write_edge_config(folder / "edges", edge_id, folder / f"{edge_id}.jsonl"), edge_id
+                )
+            )
+            for edge_id in edges
+        }
