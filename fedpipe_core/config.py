@@ -13,6 +13,7 @@ Bits = Literal[4, 8, 16, 32]
 Rank = Annotated[int, Field(ge=1, le=1024)]
 AggregationRule = Literal["delta_svd", "fedavg", "rankwise", "hetlora", "flexlora", "raflora", "ffa", "flora_stack"]
 Method = Literal["fedpipe", "fedlora"]
+ExportName = Literal["adapter", "merged", "int8", "nf4", "nf4+adapter", "auto"]
 ImportanceMethod = Literal["adalora", "gradient_spectrum", "uniform", "random", "last_layers"]
 
 
@@ -264,8 +265,11 @@ class ReleaseSpec(Spec):
     """What becomes of the tuned model."""
 
     model_name: str | None = Field(None, description="Registered model's name; the federation's name when left out")
-    exports: tuple[Literal["adapter", "merged"], ...] = Field(
-        ("adapter", "merged"), description="Formats written; `merged` is what is judged and registered"
+    exports: tuple[ExportName, ...] = Field(
+        ("adapter", "merged"),
+        description="Formats written; `merged` is what is registered, int8 and nf4 are the merged model quantized, "
+        "`nf4+adapter` is the quantized base with the adapter beside it, `auto` adds for every edge the best that "
+        "its memory holds",
     )
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Number format of the merged model")
     metric: Literal["accuracy", "macro_f1", "loss"] = Field(

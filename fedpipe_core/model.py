@@ -34,9 +34,11 @@ __all__ = [
     "Base",
     "adaptable_modules",
     "base_sha256",
+    "bitsandbytes_config",
     "device_of",
     "head_modules",
     "head_parameters",
+    "keep_weights_in_place",
     "linear_size",
     "load_base",
     "model_shape",
@@ -117,7 +119,7 @@ def _load_model(folder: Path, spec: ModelSpec, labels: int, bits: int, seed: int
     try:
         unquantized = _dense_modules(folder, spec)
         if bits < 16:
-            options |= {"quantization_config": _quantization(unquantized, bits, dtype), "device_map": device}
+            options |= {"quantization_config": bitsandbytes_config(unquantized, bits, dtype), "device_map": device}
         with _seeded(seed):
             model, found = AutoModelForSequenceClassification.from_pretrained(
                 folder, ignore_mismatched_sizes=True, output_loading_info=True, **options
@@ -170,7 +172,8 @@ def _embeddings(model: Any) -> list[str]:
     return [f"{name}." for name, module in model.named_modules() if module is model.get_input_embeddings()]
 
 
-def _quantization(unquantized: list[str], bits: int, dtype: torch.dtype) -> Any:
+def bitsandbytes_config(unquantized: list[str], bits: int, dtype: torch.dtype) -> Any:
+    """How `transformers` quantizes all other linear maps: 8 bits is int8, 4 is NF4 with double quantization."""
     from transformers import BitsAndBytesConfig
 
     if bits == 8:
@@ -235,11 +238,16 @@ def _turn_dropout_off(model: nn.Module) -> None:
                 setattr(module, key, 0.0)
 
 
-def _prepare_quantized(model: nn.Module) -> None:
+def keep_weights_in_place(model: nn.Module) -> None:
+    """Keep forward passes without gradients from repacking 4-bit weights, after which gradients and saves are wrong."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Else one forward pass without gradients repacks the weights in place, and later gradients are wrong.
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _prepare_quantized(model: nn.Module) -> None:
+    keep_weights_in_place(model)
+    for module in model.modules():
         if hasattr(module, "init_8bit_state"):
             from fedpipe_core.int8_linear import FrozenInt8Linear
 

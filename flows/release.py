@@ -1,5 +1,6 @@
 """Release a finished run: export, judge, register, promote."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,14 +10,17 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ReleaseError
 from fedpipe_core.evaluation import metrics_of
+from fedpipe_core.export_choice import choose_exports
 from fedpipe_core.schemas import FederationRecord, ReleaseReport, RoundRecord
 from flows.deployed import require_lasting_store
 from tasks import progress, release, tracking
-from tasks.federation import Coordinator, evaluate
+from tasks.federation import Coordinator, evaluate, read_profiles
 from tasks.lineage import needed_record, stored_config
 from tasks.records import RunKeys, get_record
 from tasks.storage import open_store
 from tasks.tracking import TrackedRun
+
+MIB = 2**20
 
 
 @flow(name="release_model", flow_run_name="release {run}")
@@ -33,11 +37,12 @@ def release_model(run: str, store: str = ".fedpipe/store", baseline: dict[str, f
     step = release.Release(
         coordinator, track(coordinator), baseline or metrics_of(evaluate(coordinator, 1, whole=True))
     )
-    with step.written:
-        exports = [release.export(step, scheme) for scheme in coordinator.config.release.exports]
+    with step:
+        chosen = choose_exports(coordinator.config.release, coordinator.shape, read_profiles(coordinator))
+        exports = [release.export(step, scheme, edges) for scheme, edges in chosen.items()]
         version = release.register(step, exports)
         report = ReleaseReport(
-            exports=exports, model=release.promote(step, version), baseline_metrics=dict(step.baseline)
+            exports=exports, model=release.promote(step, version, exports), baseline_metrics=dict(step.baseline)
         )
     release.publish(step, report)
     create_table_artifact(gate_rows(report), key="gate", description=f"Gate of {run}")
@@ -87,8 +92,9 @@ def _coordinator(run: str, store: str) -> Coordinator:
 
 
 def _summary(report: ReleaseReport) -> str:
-    rows = [
-        f"| {e.scheme} | {e.bytes / 2**20:.1f} | {e.metrics['accuracy']:.4f} | {e.metrics['loss']:.4f} |"
+    names = list(report.exports[0].metrics)
+    cells = [
+        (e.scheme, f"{e.bytes / MIB:.1f}", *(f"{e.metrics.get(name, math.nan):.4f}" for name in names))
         for e in report.exports
     ]
     verdict = "promoted to champion" if report.model.decision.promoted else "not promoted"
@@ -96,8 +102,8 @@ def _summary(report: ReleaseReport) -> str:
         f"**{report.model.name} version {report.model.version}: {verdict}**",
         *(f"- {reason}" for reason in report.model.decision.reasons),
         "",
-        "| export | MiB | accuracy | loss |",
-        "|---|---|---|---|",
-        *rows,
+        f"| export | MiB | {' | '.join(names)} |",
+        "|---" * (2 + len(names)) + "|",
+        *(f"| {' | '.join(row)} |" for row in cells),
     ]
     return "\n".join(lines)

@@ -2,19 +2,23 @@
 
 import functools
 import hashlib
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from types import TracebackType
+from typing import Literal, Self
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from fedpipe_core.errors import ReleaseError
 from fedpipe_core.evaluation import metrics_of
-from fedpipe_core.export import EXPORT_SCHEMES, TunedModel, folder_sha256
-from fedpipe_core.gate import Decision, decide
+from fedpipe_core.export import TunedModel, folder_sha256
+from fedpipe_core.gate import Check, Decision, decide, loss_check
 from fedpipe_core.model_card import CardFacts, license_of, render_card
 from fedpipe_core.predictions import Predictions, metric_interval
 from fedpipe_core.report import render_page
@@ -30,13 +34,15 @@ from fedpipe_core.schemas import (
 )
 from tasks import progress, registry, tracking
 from tasks.edge import read_global
+from tasks.export_judge import SCHEMES, ExportJudge, Verdict
 from tasks.federation import Coordinator, read_profiles
 from tasks.lineage import lasting_root, needed_record, run_manifest
-from tasks.records import put_data_file, put_record
+from tasks.records import get_data_file, put_data_file, put_record
 from tasks.registry import ModelVersion
 from tasks.report import read_facts
 from tasks.tracking import TrackedRun
 
+REGISTERED = "merged"  # the export that becomes the version
 METRICS: tuple[Literal["accuracy", "macro_f1", "loss"], ...] = ("accuracy", "macro_f1", "loss")
 
 
@@ -49,7 +55,35 @@ class Release:
     def __init__(self, coordinator: Coordinator, tracked: TrackedRun, baseline: Mapping[str, float]):
         self.coordinator, self.tracked, self.baseline = coordinator, tracked, baseline
         self.written = TemporaryDirectory(prefix="fedpipe-release-")
+        self._open = ExitStack()
         self.predictions: dict[str, Predictions] = {}
+
+    def __enter__(self) -> Self:
+        """Start the process that judges exports, so that it imports while the first is written."""
+        self._open.enter_context(self.written)
+        self.judge  # noqa: B018
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the process and remove what was written; the store has its copies."""
+        self._open.__exit__(kind, error, trace)
+
+    @functools.cached_property
+    def judge(self) -> ExportJudge:
+        """The process that judges exports."""
+        coordinator, adapter = self.coordinator, Path(self.written.name) / "adapter.safetensors"
+        record, _ = read_global(coordinator.store, coordinator.keys, coordinator.config.rounds + 1)
+        get_data_file(coordinator.store, record.adapter, adapter)
+        return self._open.enter_context(ExportJudge(coordinator.config, adapter))
+
+    @functools.cached_property
+    def unquantized_loss(self) -> float:
+        """Loss on the held-out set of the merged model at full precision, as the last round measured it."""
+        coordinator = self.coordinator
+        key = coordinator.keys.round_record(coordinator.config.rounds)
+        return needed_record(coordinator.store, key, RoundRecord).metrics["loss"]
 
     @property
     def name(self) -> str:
@@ -76,41 +110,81 @@ class Release:
 
 
 @task(task_run_name="export {scheme}", cache_policy=NO_CACHE)
-def export(release: Release, scheme: str) -> ExportRecord:
-    """Write one export, read it back as a user would, judge it on the held-out set and copy it to the store."""
+def export(release: Release, scheme: str, edges: Sequence[str] = ()) -> ExportRecord:
+    """Write one export, have it reloaded and judged in a fresh process, and copy it to the store if it holds its loss.
+
+    Raises ReleaseError when the merged model, which is what would be registered, cannot be used or does not.
+    """
     coordinator, folder, started = release.coordinator, release.folder(scheme), time.perf_counter()
     with progress.working("coordinator", f"export {scheme}"):
-        EXPORT_SCHEMES[scheme].write(release.tuned, folder)
-        model = EXPORT_SCHEMES[scheme].load(release.tuned, folder)
-        predictions = coordinator.judge(model)
-        files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        for name, path in files.items():
-            put_data_file(coordinator.store, coordinator.keys.release(f"{scheme}/{name.as_posix()}"), path)
-    release.predictions[scheme] = predictions
+        SCHEMES[scheme].write(release.tuned, folder)
+        verdict = release.judge.judge(scheme, folder)
+        check, metrics = _loss_verdict(release, scheme, verdict)
+        if scheme == REGISTERED and not check.passed:
+            raise ReleaseError(f"{check.reason}; nothing is registered")
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        for path in files if check.passed else ():
+            name = path.relative_to(folder).as_posix()
+            put_data_file(coordinator.store, coordinator.keys.release(f"{scheme}/{name}"), path)
     return ExportRecord(
         scheme=scheme,
-        path=f"{coordinator.store.root}/{coordinator.keys.release(scheme)}",
-        bytes=sum(path.stat().st_size for path in files.values()),
+        path=f"{coordinator.store.root}/{coordinator.keys.release(scheme)}" if check.passed else "",
+        bytes=sum(path.stat().st_size for path in files),
         sha256=folder_sha256(folder),
-        metrics=metrics_of(predictions),
+        metrics=metrics,
         seconds=time.perf_counter() - started,
+        loss_increase=check.value if math.isfinite(check.value) else None,
+        agreement=verdict.agreement,
+        load_seconds=verdict.load_seconds,
+        latency=verdict.latency,
+        edges=list(edges),
+        kept=check.passed,
+        reason=check.reason,
     )
+
+
+def _loss_verdict(release: Release, scheme: str, verdict: Verdict) -> tuple[Check, dict[str, float]]:
+    """Whether an export's loss is within its limit of the unquantized model's, and its metrics where it has any."""
+    if verdict.error:
+        limit = release.coordinator.config.release.max_loss_increase
+        reason = f"export {scheme} could not be used after reloading it: {verdict.error}"
+        return Check(f"loss of {scheme}", math.inf, limit, False, reason), {}
+    predictions = Predictions.from_json(verdict.answers)
+    release.predictions[scheme] = predictions
+    metrics = metrics_of(predictions)
+    check = loss_check(scheme, metrics["loss"], release.unquantized_loss, release.coordinator.config.release)
+    return check, {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 @task(task_run_name="register", cache_policy=NO_CACHE)
 def register(release: Release, exports: list[ExportRecord]) -> ModelVersion:
-    """Register the merged model with its card and its answers on the held-out set; log the adapter beside it."""
+    """Register the merged model with its card and its answers on the held-out set; log the other exports beside it."""
     with progress.working("coordinator", "register"):
         card = _card(release, exports)
-        tracking.save_predictions(release.tracked, release.predictions["merged"])
+        tracking.save_predictions(release.tracked, release.predictions[REGISTERED])
         for entry in exports:
-            if entry.scheme != "merged":  # the version itself holds the merged model
+            tracking.log_metrics(release.tracked, _tracked_numbers(entry))
+            if entry.scheme != REGISTERED and entry.kept:  # the version itself holds the merged model
                 tracking.log_folder(release.tracked, release.folder(entry.scheme), entry.scheme)
-        return registry.register_model(release.tracked, release.name, release.folder("merged"), _tags(release), card)
+        return registry.register_model(release.tracked, release.name, release.folder(REGISTERED), _tags(release), card)
+
+
+def _tracked_numbers(entry: ExportRecord) -> dict[str, float]:
+    """An export's numbers under names that MLflow takes."""
+    numbers: dict[str, float | None] = {
+        **entry.metrics,
+        "bytes": float(entry.bytes),
+        "load_seconds": entry.load_seconds,
+        "loss_increase": entry.loss_increase,
+        "agreement": entry.agreement,
+        "latency_ratio": entry.latency.ratio if entry.latency else None,
+    }
+    scheme = entry.scheme.replace("+", "-")
+    return {f"export/{scheme}/{name}": value for name, value in numbers.items() if value is not None}
 
 
 @task(task_run_name="promote", cache_policy=NO_CACHE)
-def promote(release: Release, version: ModelVersion) -> ModelReport:
+def promote(release: Release, version: ModelVersion, exports: Sequence[ExportRecord] = ()) -> ModelReport:
     """Compare the version with the champion, example by example, and move the alias only where the gate says so."""
     decision = registry.promote(version, functools.partial(_gate, release))
     tracking.log_json(release.tracked, decision.as_document(), "release/decision.json")
@@ -121,9 +195,24 @@ def promote(release: Release, version: ModelVersion) -> ModelReport:
         decision=DecisionReport(
             promoted=decision.promoted,
             reasons=list(decision.reasons),
-            checks=[CheckReport.model_validate(asdict(check)) for check in decision.checks],
+            checks=[*_export_checks(release, exports), *(CheckReport(**asdict(check)) for check in decision.checks)],
         ),
     )
+
+
+def _export_checks(release: Release, exports: Sequence[ExportRecord]) -> list[CheckReport]:
+    """The limit on each export's loss: it decides on that export alone, not on the version."""
+    limit = release.coordinator.config.release.max_loss_increase
+    return [
+        CheckReport(
+            name=f"loss of {entry.scheme}",
+            value=-1.0 if entry.loss_increase is None else entry.loss_increase,
+            threshold=limit,
+            passed=entry.kept,
+            reason=entry.reason,
+        )
+        for entry in exports
+    ]
 
 
 def publish(release: Release, report: ReleaseReport) -> None:
@@ -147,7 +236,7 @@ def _gate(release: Release, challenger: ModelVersion, champion: ModelVersion | N
 
 def _answers(release: Release, version: ModelVersion) -> Predictions:
     """A version's answers on the held-out set: kept with it, or else made again from its model."""
-    mine = release.predictions["merged"]
+    mine = release.predictions[REGISTERED]
     if version.adapter_sha256 == release.adapter_sha256:
         return mine
     kept = tracking.load_predictions(version.uri, version.run_id, mine.evaluation_sha256)
@@ -158,7 +247,7 @@ def _evaluate_version(release: Release, version: ModelVersion) -> Predictions:
     coordinator = release.coordinator
     with TemporaryDirectory() as folder:
         files = registry.fetch_model(version, Path(folder))
-        model = EXPORT_SCHEMES["merged"].load(release.tuned, files)
+        model = SCHEMES[REGISTERED].load(release.tuned, files)
         return coordinator.judge(model)
 
 
@@ -178,7 +267,7 @@ def _tags(release: Release) -> dict[str, str]:
 
 def _card(release: Release, exports: list[ExportRecord]) -> str:
     coordinator = release.coordinator
-    keys, config, answers = coordinator.keys, coordinator.config, release.predictions["merged"]
+    keys, config, answers = coordinator.keys, coordinator.config, release.predictions[REGISTERED]
     rounds = [
         needed_record(coordinator.store, keys.round_record(index + 1), RoundRecord) for index in range(config.rounds)
     ]

@@ -110,6 +110,16 @@ def log_round(
             _log_step(run.uri, child, round_index, values)
 
 
+def log_metrics(run: TrackedRun, metrics: Mapping[str, float]) -> None:
+    """Record numbers that belong to no round; a later value stands beside an earlier one."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    with speaking_to(run.uri):
+        entries = [Metric(name, value, now, 0) for name, value in metrics.items()]
+        connect(run.uri).log_batch(run.run_id, metrics=entries)
+
+
 def log_json(run: TrackedRun, document: object, path: str) -> None:
     """Keep a JSON document as artifact `path` of the run."""
     log_text(run, json.dumps(document, indent=2, sort_keys=True), path)

@@ -55,7 +55,7 @@ def _export_row(export: ExportRecord, names: list[str]) -> list[object]:
     return [
         export.scheme,
         size(export.bytes),
-        *(f"{export.metrics[name]:.4f}" for name in names),
+        *(f"{export.metrics[name]:.4f}" if name in export.metrics else "–" for name in names),
         "–" if export.loss_increase is None else f"{export.loss_increase:+.2%}",
         "–" if export.agreement is None else f"{export.agreement:.2%}",
         f"{export.load_seconds:.1f} s" if export.load_seconds else "–",
