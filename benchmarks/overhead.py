@@ -39,6 +39,7 @@ from tasks import federation
 
 INTENTS = Path(__file__).parent.parent / "examples" / "intents" / "federation.yaml"
 MOST_RATIO = 1.15
+MOST_PROFILING = 0.05
 ALONE, TOGETHER, OURS = "plain loop, one edge at a time", "plain loop, as many edges at once", "FedPipe, rounds"
 JUDGING = VALIDATION, EVALUATION = "validation at the edges", "evaluation at the coordinator"
 SHORT = ("planning.profile_steps=5", "evaluation.examples_per_round=64")
@@ -120,10 +121,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Report:
-    """Cost of the loops and of our rounds; wall seconds by part of our rounds and of a start; bases loaded; losses."""
+    """Cost of the loops and of our rounds; wall seconds by part of our rounds and of a start; bases loaded; losses.
+
+    `profiling_share` is of the whole run's time, from reading data to the last evaluation.
+    """
 
     table: dict[str, Cost]
     shares: dict[str, float]
+    profiling_share: float
     startup: dict[str, float]
     loads: list[dict[int, int]]
     losses: dict[str, float]
@@ -145,7 +150,8 @@ def measure(quick: bool) -> Report:
         OURS: Cost(watched.rounds_seconds, watched.timeline.cpu_seconds("rounds")),
     }
     loads = [dict(Counter(call.arguments[2] for call in run.loads)) for run in (watched, mixed)]
-    return Report(table, parts, startup, loads, losses(watched, alone))
+    profiling = sum(watched.timeline.seconds("profile")) / watched.at_once / watched.result.seconds
+    return Report(table, parts, profiling, startup, loads, losses(watched, alone))
 
 
 def losses(watched: Watched, plain: PlainRun) -> dict[str, float]:
@@ -172,7 +178,8 @@ def verdicts(report: Report, quick: bool) -> list[Check]:
         at_most(f"loads of a base per bit width, {len(found)} in use by 4 edges", max(found.values()), 1)
         for found in report.loads
     ]
-    return loads if quick else ratios + loads
+    profiling = at_most("profiling over the run's time", report.profiling_share, MOST_PROFILING)
+    return loads if quick else [*ratios, profiling, *loads]
 
 
 def as_text(report: Report) -> str:
@@ -196,7 +203,8 @@ def as_text(report: Report) -> str:
         markdown_table(("start-up of a process", "wall s"), starts),
     ]
     means = ", ".join(f"{name} {loss:.3f}" for name, loss in report.losses.items())
-    return "\n\n".join([*tables, f"mean training loss of round 1: {means}"])
+    profiling = f"profiling: {report.profiling_share:.1%} of the run's time"
+    return "\n\n".join([*tables, f"mean training loss of round 1: {means}; {profiling}"])
 
 
 def main() -> None:
