@@ -21,6 +21,7 @@ from flows.release import release_model, track
 from tasks import edge, federation, progress, remote_edges, reports, tracking
 from tasks.edge import EdgeSession, Machine
 from tasks.federation import Coordinator
+from tasks.plans import plan_at, plan_round
 from tasks.records import RunKeys, get_record, put_record
 from tasks.remote_edges import RemoteEdge
 from tasks.report import read_facts
@@ -138,7 +139,8 @@ def _run_rounds(coordinator: Coordinator, edges: Edges, plan: FederationPlan, tr
     baseline = metrics_of(federation.evaluate(coordinator, 1, whole=True))
     progress.note(f"before training: {reports.metrics_line(baseline)}")
     tracking.log_round(tracked, 0, baseline, {})
-    rounds = _all_rounds(coordinator, edges, plan)
+    rounds = _all_rounds(coordinator, edges)
+    plan = plan_at(coordinator.store, coordinator.keys, coordinator.config.rounds)
     with progress.working("coordinator", "record the rounds in MLflow"):
         for record in rounds:
             tracking.log_round(tracked, record.round, *reports.tracked_metrics(record))
@@ -154,22 +156,23 @@ def edge_sessions(coordinator: Coordinator) -> list[EdgeSession]:
     return [EdgeSession(config, spec, coordinator.store, coordinator.keys, machine) for spec in config.local_edges]
 
 
-def _all_rounds(coordinator: Coordinator, edges: Edges, plan: FederationPlan) -> list[RoundRecord]:
+def _all_rounds(coordinator: Coordinator, edges: Edges) -> list[RoundRecord]:
     records: list[RoundRecord] = []
     with progress.working("federation", "rounds", coordinator.config.rounds) as advance:
         for index in range(coordinator.config.rounds):
-            records.append(_one_round(coordinator, edges, plan, index + 1))
+            records.append(_one_round(coordinator, edges, index + 1))
             advance()
     return records
 
 
-def _one_round(coordinator: Coordinator, edges: Edges, plan: FederationPlan, round_index: int) -> RoundRecord:
+def _one_round(coordinator: Coordinator, edges: Edges, round_index: int) -> RoundRecord:
     known = get_record(coordinator.store, coordinator.keys.round_record(round_index), RoundRecord)
     if known is not None:
         return known
     started = time.perf_counter()
     if not coordinator.store.exists(coordinator.keys.global_record(round_index + 1)):
-        _train(coordinator, edges, plan, round_index)
+        _train(coordinator, edges, plan_round(coordinator, round_index), round_index)
+    plan = plan_at(coordinator.store, coordinator.keys, round_index)
     aggregate = federation.aggregate_round(coordinator, plan, round_index)
     last = round_index == coordinator.config.rounds
     metrics = metrics_of(federation.evaluate(coordinator, round_index + 1, whole=last))

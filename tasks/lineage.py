@@ -22,6 +22,7 @@ from fedpipe_core.schemas import (
     RoundRecord,
     UpdateRecord,
 )
+from tasks.plans import plan_at, plan_keys
 from tasks.records import R, RunKeys, get_record
 from tasks.registry import ADAPTER_TAG, MANIFEST_TAG, ModelVersion, aliases
 from tasks.storage import ObjectStore, open_store
@@ -76,8 +77,8 @@ def run_manifest(store: ObjectStore, keys: RunKeys, config: FederationConfig) ->
 
     Raises ReleaseError or ObjectMissingError naming what is missing.
     """
-    plan = needed_record(store, keys.plan, FederationPlan)
-    records, data = [keys.federation, keys.plan, *map(keys.profile, plan.edges)], {}
+    plan = plan_at(store, keys, config.rounds)
+    records, data = [keys.federation, *plan_keys(store, keys).values(), *map(keys.profile, plan.edges)], {}
     for index in range(1, config.rounds + 2):
         made = needed_record(store, keys.global_record(index), GlobalRecord)
         records.append(keys.global_record(index))

@@ -26,7 +26,6 @@ from fedpipe_core.schemas import (
     CheckReport,
     DecisionReport,
     ExportRecord,
-    FederationPlan,
     FederationRecord,
     ModelReport,
     ReleaseReport,
@@ -37,6 +36,7 @@ from tasks.edge import read_global
 from tasks.export_judge import SCHEMES, ExportJudge, Verdict
 from tasks.federation import Coordinator, read_profiles
 from tasks.lineage import lasting_root, needed_record, run_manifest
+from tasks.plans import plan_at
 from tasks.records import get_data_file, put_data_file, put_record
 from tasks.registry import ModelVersion
 from tasks.report import read_facts
@@ -279,7 +279,7 @@ def _card(release: Release, exports: list[ExportRecord]) -> str:
             base_license=license_of(coordinator.base.folder),
             federation=needed_record(coordinator.store, keys.federation, FederationRecord),
             profiles=read_profiles(coordinator),
-            plan=needed_record(coordinator.store, keys.plan, FederationPlan),
+            plan=plan_at(coordinator.store, keys, config.rounds),
             rounds=rounds,
             adapter_sha256=release.adapter_sha256,
             evaluation_sha256=answers.evaluation_sha256,

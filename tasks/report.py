@@ -13,6 +13,7 @@ from fedpipe_core.schemas import (
     RunResult,
     UpdateRecord,
 )
+from tasks.plans import plan_at
 from tasks.records import RunKeys, closed_rounds, get_record
 from tasks.storage import ObjectStore, open_store
 
@@ -42,6 +43,7 @@ def read_facts(store: ObjectStore, keys: RunKeys) -> ReportFacts:
     result = get_record(store, keys.result, RunResult)
     release = get_record(store, keys.release("report.json"), ReleaseReport) or _released(result)
     made = [get_record(store, keys.global_record(entry.round + 1), GlobalRecord) for entry in rounds]
+    plan = plan_at(store, keys, len(closed_rounds(store, keys)))
     profiles = {edge_id: get_record(store, keys.profile(edge_id), EdgeProfile) for edge_id in plan.edges}
     return ReportFacts(
         federation=federation,

@@ -112,11 +112,11 @@ class ServedEdge:
 
     def _await(self, found: Callable[[], T | None]) -> T:
         """The first thing found, looked for until the edge has to stop."""
-        while (result := found()) is None:
-            if self._stop_reason is not None:
-                raise StoppedError(self._stop_reason)
+        while self._stop_reason is None:
+            if (result := found()) is not None:
+                return result
             time.sleep(random.uniform(0.5, 1.0) * self.session.config.remote.poll_seconds)
-        return result
+        raise StoppedError(self._stop_reason)
 
     def _look(self) -> None:
         """What the heartbeat's thread looks for."""

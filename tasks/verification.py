@@ -6,6 +6,7 @@ repeat the news. What the objects mean is `tasks.lineage`'s to tell.
 
 import hashlib
 import json
+from dataclasses import replace
 
 from pydantic import ValidationError
 
@@ -14,6 +15,7 @@ from fedpipe_core.lineage_schemas import Fault, RoundVerification, RunManifest, 
 from fedpipe_core.schemas import FederationPlan, FederationRecord, GlobalRecord
 from tasks.aggregation import StoredRun, combine_updates
 from tasks.lineage import needed_record, object_hashes, store_of, stored_config
+from tasks.plans import plan_at, plan_keys
 from tasks.records import RunKeys, get_data
 from tasks.registry import ADAPTER_TAG, BASE_TAG, CONFIG_TAG, MANIFEST_TAG, ModelVersion
 from tasks.storage import ObjectStore
@@ -111,7 +113,8 @@ def _verify_round(run: StoredRun, index: int, at_fault: set[str]) -> tuple[Round
     """A round's recorded and recomputed adapter; not recomputed when any object it rests on is at fault."""
     keys = run.keys
     made = needed_record(run.store, keys.global_record(index + 1), GlobalRecord)
-    shared = {keys.federation, keys.plan, keys.global_record(index + 1)}
+    plans = {key for first, key in plan_keys(run.store, keys).items() if first <= index}
+    shared = {keys.federation, *plans, keys.global_record(index + 1)}
     spoiled = [key for key in at_fault if key in shared or key.startswith(keys.round_folder(index) + "/")]
     sha256, faults = (None, []) if spoiled else _recompute(run, index, made)
     counted, recorded = len(made.counted), made.adapter.sha256
@@ -122,7 +125,8 @@ def _verify_round(run: StoredRun, index: int, at_fault: set[str]) -> tuple[Round
 def _recompute(run: StoredRun, index: int, made: GlobalRecord) -> tuple[str | None, list[Fault]]:
     subject = f"round {index}"
     try:
-        again = combine_updates(run, index, answered={*made.counted, *made.refused})
+        planned = replace(run, plan=plan_at(run.store, run.keys, index))
+        again = combine_updates(planned, index, answered={*made.counted, *made.refused})
     except FedPipeError as error:
         return None, [Fault(subject=subject, found=f"cannot be computed again: {error}")]
     sha256 = hashlib.sha256(again.data).hexdigest()

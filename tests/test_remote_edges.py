@@ -1,11 +1,17 @@
 """Edges on machines of their own: a Prefect server, workers and the command, all in processes of their own."""
 
+import random
+import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import httpx
+import psutil
 import pytest
-from commands import Outcome, command_line
+from commands import Outcome, command_line, running
 from remote_federation import deployed_server, edge_workers, edges_of
 from tiny_federation import EDGES, write_config, write_federation
 
@@ -13,7 +19,8 @@ pytestmark = pytest.mark.slow
 
 REMOTE = ("east", "west")
 RUN_SECONDS = 300
-FAST = {"remote.poll_seconds": 0.1, "remote.lease_seconds": 8}
+ROUNDS = 4
+FAST = {"rounds": ROUNDS, "remote.poll_seconds": 0.1, "remote.lease_seconds": 8}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny federation two of whose edges have machines of their own."""
     folder = tmp_path_factory.mktemp("federation")
-    write_federation(folder)
+    write_federation(folder, edges=edges_of(REMOTE), **FAST)
     return folder
 
 
@@ -39,9 +46,13 @@ def workers(server: dict[str, str], federation: Path) -> Iterator[dict[str, Path
         yield logs
 
 
-def run_command(environment: dict[str, str], folder: Path, *arguments: object) -> Outcome:
+def run_arguments(folder: Path, name: str, *more: object) -> tuple[object, ...]:
+    return ("run", folder / "federation.yaml", "--run", name, "--no-release", "--json", *more)
+
+
+def finish(environment: dict[str, str], folder: Path, name: str, *more: object) -> Outcome:
     """Run the command to its end."""
-    command = command_line("run", folder / "federation.yaml", *arguments, "--no-release", "--json")
+    command = command_line(*run_arguments(folder, name, *more))
     done = subprocess.run(
         command, env=environment, cwd=folder, capture_output=True, text=True, timeout=RUN_SECONDS, check=False
     )
@@ -49,21 +60,114 @@ def run_command(environment: dict[str, str], folder: Path, *arguments: object) -
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server: dict[str, str], federation: Path) -> Outcome:
-    """The same federation with all edges in one process."""
-    write_config(federation, edges=edges_of(()), **FAST)
-    outcome = run_command(server, federation, "--run", "local")
+def undisturbed(server: dict[str, str], federation: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the same federation comes to with all edges in one process."""
+    folder = tmp_path_factory.mktemp("local")
+    write_federation(folder, edges=edges_of(()), **FAST)
+    outcome = finish(server, folder, "local")
     assert outcome.exit_code == 0, outcome.stderr
-    return outcome
+    return outcome.document
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until an object is in the store."""
+    deadline = time.monotonic() + RUN_SECONDS
+    while not path.exists():
+        assert process.poll() is None, "the command ended before the object was there"
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.005)
+
+
+def edge_processes(edges: Sequence[str] = REMOTE) -> dict[str, psutil.Process]:
+    """The process in which each edge is served, a child of the edge's worker."""
+    found = {}
+    for worker in psutil.Process().children():
+        words = worker.cmdline()
+        edge_id = words[words.index("--work-queue") + 1] if "--work-queue" in words else ""
+        served = worker.children()
+        if edge_id in edges and served:
+            found[edge_id] = served[0]
+    return found
+
+
+def task_names(environment: dict[str, str], flow_run: str) -> set[str]:
+    """Names of the completed task runs of a flow run, as the UI shows them."""
+    wanted = {"flow_runs": {"name": {"any_": [flow_run]}}, "task_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+    answer = httpx.post(f"{environment['PREFECT_API_URL']}/task_runs/filter", json=wanted, timeout=30)
+    return {task_run["name"] for task_run in answer.raise_for_status().json()}
+
+
+def records(run: Path) -> dict[str, tuple[int, bytes]]:
+    """Every record of a run but the signs of life: when it was written, and what it says."""
+    paths = [path for path in run.rglob("*.json") if path.relative_to(run).parts[0] != "leases"]
+    return {path.relative_to(run).as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
 
 def test_edges_on_machines_of_their_own_end_in_the_same_bytes(
-    server: dict[str, str], federation: Path, workers: dict[str, Path], undisturbed: Outcome
+    server: dict[str, str], federation: Path, workers: dict[str, Path], undisturbed: dict[str, Any]
 ) -> None:
-    write_config(federation, edges=edges_of(REMOTE), **FAST)
-    outcome = run_command(server, federation, "--run", "remote")
+    outcome = finish(server, federation, "whole")
     logs = "\n".join(log.read_text()[-3000:] for log in workers.values())
     assert outcome.exit_code == 0, outcome.stderr + logs
-    assert outcome.document["adapter_sha256"] == undisturbed.document["adapter_sha256"]
-    assert [entry["participants"] for entry in outcome.document["rounds"]] == [list(EDGES)] * 2
-    print(outcome.stderr)
+    assert outcome.document["adapter_sha256"] == undisturbed["adapter_sha256"]
+    assert [entry["participants"] for entry in outcome.document["rounds"]] == [list(EDGES)] * ROUNDS
+    for edge_id in REMOTE:
+        expected = {f"profile {edge_id}", *(f"round {index + 1} train {edge_id}" for index in range(ROUNDS))}
+        assert task_names(server, f"{edge_id} serves whole") == expected
+
+
+def test_killed_coordinator_finds_its_edges_again_and_repeats_nothing(
+    server: dict[str, str], federation: Path, workers: dict[str, Path], undisturbed: dict[str, Any]
+) -> None:
+    store = federation / "out/store/killed"
+    with running(server, federation, *run_arguments(federation, "killed")) as process:
+        wait_for(store / "rounds/0002/global.json", process)
+        time.sleep(random.uniform(0, 1))
+        process.kill()
+    seen = records(store)
+    outcome = finish(server, federation, "killed", "--resume")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.document["adapter_sha256"] == undisturbed["adapter_sha256"]
+    now = records(store)
+    assert {key: now[key] for key in seen} == seen
+
+
+def test_killed_edge_is_started_again_and_the_run_ends_in_the_same_bytes(
+    server: dict[str, str], federation: Path, workers: dict[str, Path], undisturbed: dict[str, Any]
+) -> None:
+    store = federation / "out/store/maimed"
+    with running(server, federation, *run_arguments(federation, "maimed")) as process:
+        wait_for(store / "rounds/0002/updates/east.json", process)
+        edge_processes()["east"].kill()
+        stdout, _ = process.communicate(timeout=RUN_SECONDS)
+    assert process.returncode == 0, (federation / "stderr").read_text()
+    outcome = Outcome(process.returncode, stdout, (federation / "stderr").read_text())
+    assert outcome.document["adapter_sha256"] == undisturbed["adapter_sha256"]
+    assert "east gave no sign of life for" in outcome.stderr
+
+
+def test_interrupted_coordinator_stops_every_edge_within_30_seconds(
+    server: dict[str, str], federation: Path, workers: dict[str, Path]
+) -> None:
+    store = federation / "out/store/stopped"
+    with running(server, federation, *run_arguments(federation, "stopped")) as process:
+        wait_for(store / "rounds/0001/updates/west.json", process)
+        served = edge_processes()
+        assert set(served) == set(REMOTE)
+        interrupted = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=RUN_SECONDS)
+    _, alive = psutil.wait_procs(list(served.values()), timeout=30 - (time.monotonic() - interrupted))
+    assert process.returncode == 130
+    assert not alive
+
+
+def test_edge_that_never_appears_is_named_and_the_quorum_goes_on(
+    server: dict[str, str], federation: Path, workers: dict[str, Path], tmp_path: Path
+) -> None:
+    write_config(federation, edges=edges_of(EDGES), **FAST | {"rounds": 1, "remote.start_seconds": 40, "min_edges": 2})
+    outcome = finish(server, federation, "without-north", "--set", "name=quorum")
+    write_config(federation, edges=edges_of(REMOTE), **FAST)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.document["rounds"][0]["participants"] == ["east", "west"]
+    assert "north is planned for when its profile comes: did not start within 40 s" in outcome.stderr

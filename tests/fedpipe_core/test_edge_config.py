@@ -33,9 +33,7 @@ def test_absolute_paths_stay(tmp_path: Path) -> None:
 
 
 def test_every_fault_is_told_with_its_place(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"(?s)edge.yaml has 2 faults.*memory_gib: .*gpu: unknown key"
-    ):
+    with pytest.raises(ConfigError, match=r"(?s)edge.yaml has 2 faults.*memory_gib: .*gpu: unknown key"):
         load_edge_config(written(tmp_path, memory_gib=0, gpu=True))
 
 

@@ -11,6 +11,7 @@ from tiny_steps import coordinator_at, finish_rounds, prepare, sessions_of
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.config_file import load_config
 from fedpipe_core.schemas import FederationPlan
+from tasks import progress
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator
 
@@ -56,3 +57,20 @@ def finished_store(tiny_config: FederationConfig, tmp_path_factory: pytest.TempP
         sessions = sessions_of(coordinator)
         finish_rounds(coordinator, sessions, prepare(coordinator, sessions), foreign=("north", 2))
     return root
+
+
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    """What a person watching is told, line by line."""
+
+    class Listener:
+        def started(self, who: str, what: str, steps: int | None) -> None: ...
+        def advanced(self, who: str) -> None: ...
+        def finished(self, who: str, what: str, seconds: float) -> None: ...
+        def stopped(self, who: str) -> None: ...
+        def noted(self, text: str) -> None:
+            lines.append(text)
+
+    lines: list[str] = []
+    with progress.listening(Listener()):
+        yield lines

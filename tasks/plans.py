@@ -1,0 +1,88 @@
+"""Which plan holds in which round: the federation's, and from the round on in which an edge joined, one that has it.
+
+An edge joins when its profile comes after the plan was made. It is planned for alone, within the deadline and the
+modules the others share, whose plans stay as they are; so nothing starts anew.
+"""
+
+import hashlib
+from pathlib import PurePosixPath
+
+from fedpipe_core.errors import ObjectMissingError, PlanError
+from fedpipe_core.planning import plan_federation
+from fedpipe_core.schemas import EdgePlan, EdgeProfile, FederationPlan, ModelShape
+from tasks import progress
+from tasks.federation import Coordinator
+from tasks.records import RunKeys, get_record, put_record, recorded_edges
+from tasks.storage import ObjectStore
+
+
+def plan_keys(store: ObjectStore, keys: RunKeys) -> dict[int, str]:
+    """Key of every plan by the round from which it holds; 0 is the federation's first."""
+    return {0: keys.plan} | {int(PurePosixPath(key).stem): key for key in store.list(keys.joined_plans)}
+
+
+def plan_at(store: ObjectStore, keys: RunKeys, round_index: int) -> FederationPlan:
+    """The plan that holds in a round. Raises ObjectMissingError when there is none."""
+    plans = plan_keys(store, keys)
+    newest = max(first for first in plans if first <= round_index)
+    found = get_record(store, plans[newest], FederationPlan)
+    if found is None:
+        raise ObjectMissingError(f"store {store.root}: there is no object {plans[newest]}; resume the run")
+    return found
+
+
+def plan_round(coordinator: Coordinator, round_index: int) -> FederationPlan:
+    """The plan for an open round, with every edge whose profile has come by now."""
+    store, keys = coordinator.store, coordinator.keys
+    plan = plan_at(store, keys, round_index)
+    listed = {edge.edge_id for edge in coordinator.config.remote_edges}
+    joining = sorted(listed.intersection(recorded_edges(store, keys.profiles)) - set(plan.edges)) if listed else []
+    if not joining or store.exists(keys.joined_plan(round_index)):
+        return plan
+    joined = plan
+    for edge_id in joining:
+        try:
+            joined = _with_edge(coordinator, joined, edge_id)
+        except PlanError as error:
+            progress.note(f"{edge_id} cannot join round {round_index}: {error}")
+            continue
+        progress.note(f"{edge_id} joins in round {round_index}")
+    if joined is not plan:
+        put_record(store, keys.joined_plan(round_index), joined)
+    return joined
+
+
+def _with_edge(coordinator: Coordinator, plan: FederationPlan, edge_id: str) -> FederationPlan:
+    store, key = coordinator.store, coordinator.keys.profile(edge_id)
+    profile = get_record(store, key, EdgeProfile)
+    if profile is None:
+        raise PlanError(f"{edge_id}: its profile {key} is gone; profile the edge again")
+    content = hashlib.sha256(store.get(key)).hexdigest()
+    return plan.model_copy(
+        update={
+            "edges": plan.edges | {edge_id: _plan_edge(coordinator, plan, profile)},
+            "profiles": plan.profiles | {edge_id: content},
+        }
+    )
+
+
+def _plan_edge(coordinator: Coordinator, plan: FederationPlan, profile: EdgeProfile) -> EdgePlan:
+    """Plan one edge within the others' modules, largest rank and deadline."""
+    config, modules = coordinator.config, set(plan.planned_modules)
+    ranks = tuple(rank for rank in config.planning.ranks if rank <= plan.largest_rank)
+    planning = config.planning.model_copy(update={"round_seconds": plan.round_seconds, "ranks": ranks})
+    shared = config.model_copy(update={"planning": planning})
+    found = plan_federation(_only(coordinator.shape, modules), {profile.edge_id: _seen(profile, modules)}, shared)
+    return found.edges[profile.edge_id]
+
+
+def _only(shape: ModelShape, modules: set[str]) -> ModelShape:
+    return shape.model_copy(update={"modules": {m: value for m, value in shape.modules.items() if m in modules}})
+
+
+def _seen(profile: EdgeProfile, modules: set[str]) -> EdgeProfile:
+    """The profile as far as these modules are concerned."""
+    kept = {m: v for m, v in profile.activation_cost.per_token_module_bytes.items() if m in modules}
+    cost = profile.activation_cost.model_copy(update={"per_token_module_bytes": kept})
+    scores = {m: value for m, value in profile.scores.items() if m in modules}
+    return profile.model_copy(update={"activation_cost": cost, "scores": scores})
