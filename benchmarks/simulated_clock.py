@@ -95,7 +95,7 @@ def _opened(config: FederationConfig, run: str) -> tuple[Coordinator, list[EdgeS
     coordinator.held_out = _kept(_HELD_OUT, data, lambda: coordinator.held_out)
     sessions = []
     for spec in config.edges:
-        session = EdgeSession(config, spec, coordinator.store, coordinator.keys, threads=1)
+        session = EdgeSession(config, spec, coordinator.store, coordinator.keys)
         session.data = _kept(_ROWS, f"{data} {spec.edge_id} {spec.values}", lambda s=session: s.data)  # type: ignore[misc]
         session.peak_memory_bytes = 0
         sessions.append(session)

@@ -101,7 +101,7 @@ def step_cost(results: Results) -> StepCost:
 
     def measure() -> Run:
         config = make_config(FEDPIPE, 0)
-        session = EdgeSession(config, config.edges[0], None, None, 1)  # type: ignore[arg-type]  # neither is used
+        session = EdgeSession(config, config.edges[0], None, None)  # type: ignore[arg-type]  # neither is used
         small, large = (probe_batch(session.data.train, size) for size in probe_sizes(config.planning.batch_sizes))
         found = measured_step_cost(dense_base(config).model, small, large, config.model.bits, time.thread_time)
         return {"step_cost": found.model_dump(mode="json")}
