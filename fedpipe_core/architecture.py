@@ -32,8 +32,11 @@ def adaptable_modules(model: nn.Module) -> dict[str, ModuleShape]:
 def head_modules(model: nn.Module) -> list[str]:
     """Modules of the head, trained in full: all that hold parameters from the first linear map behind the blocks on.
 
-    That is a classifier with its pooler; a projection before the blocks or a norm right behind them is none of it.
+    That is a classifier with its pooler; a projection before the blocks or a norm right behind them is none of it. A
+    model that predicts tokens has none: its output layer is pretrained, and stays as it is.
     """
+    if predicts_tokens(model):
+        return []
     blocks = tuple(block_prefixes(model))
     modules = list(model.named_modules())
     last = max((index for index, (name, _) in enumerate(modules) if f"{name}.".startswith(blocks)), default=-1)
@@ -51,11 +54,25 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def model_shape(model: nn.Module, labels: int) -> ModelShape:
+def predicts_tokens(model: nn.Module) -> bool:
+    """Whether a model scores the whole vocabulary at every token, as a causal language model does."""
+    return output_layer(model) is not None
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The layer that scores the vocabulary, None for a classifier."""
+    find = getattr(model, "get_output_embeddings", None)
+    found: nn.Module | None = find() if find is not None else None
+    return found
+
+
+def model_shape(model: nn.Module, labels: int | None) -> ModelShape:
     """Describe a model to the cost model; the answer is the same at every bit width, for matrices count by their shape.
 
-    A dense parameter is one outside the adaptable weights and the head, also of a quantized model.
+    A dense parameter is one outside the adaptable weights and the head, also of a quantized model. A model that
+    predicts tokens has as many logits as its vocabulary has tokens; `labels` is a classifier's.
     """
+    output = output_layer(model)
     modules, head = adaptable_modules(model), head_parameters(model)
     counted = {f"{name}.weight" for name in modules} | head.keys()
     return ModelShape(
@@ -64,8 +81,8 @@ def model_shape(model: nn.Module, labels: int) -> ModelShape:
         other_parameters=sum(value.numel() for name, value in model.named_parameters() if name not in counted),
         head_parameters=sum(parameter.numel() for parameter in head.values()),
         hidden_features=int(getattr(model.config, "hidden_size", 0)) if _checkpoints(model) else 0,
-        output_features=labels,
-        scored_positions="example",
+        output_features=(labels or 0) if output is None else output.get_parameter("weight").shape[0],
+        scored_positions="example" if output is None else "token",
     )
 
 

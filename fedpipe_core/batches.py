@@ -8,70 +8,20 @@ steps are made and to `fedpipe_core.evaluation` what is measured.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from threading import Lock
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpipe_core.data import Examples
-from fedpipe_core.errors import DataError, ModelError
+from fedpipe_core.errors import DataError
 from fedpipe_core.seeding import random_generator
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from fedpipe_core.tokenizing import IGNORED, TokenizedExamples
 
 Batch = dict[str, Tensor]
 
 WINDOW_BATCHES = 16  # rows are grouped by length among this many batches; more would pad less and shuffle less
 FORESEEN_BATCHES = 64  # fewest batches that `tokens_per_example` averages
-_tokenizing = Lock()
-
-
-@dataclass(frozen=True)
-class TokenizedExamples:
-    """The token ids of every example, unpadded, with its label and the id that pads a batch."""
-
-    token_ids: list[list[int]]
-    labels: list[int]
-    pad_token_id: int
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-
-def tokenize(examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> TokenizedExamples:
-    """Token ids of every text, with the model's special tokens, cut at `max_tokens`.
-
-    Raises ModelError if the tokenizer has no padding token, DataError if a text gives no token at all.
-    """
-    if tokenizer.pad_token_id is None:
-        raise ModelError(
-            f"tokenizer {tokenizer.name_or_path!r} has no padding token, needed to batch texts of different lengths; "
-            "set `pad_token` in the base model's tokenizer_config.json"
-        )
-    token_ids = _token_ids(examples.texts, tokenizer, max_tokens)
-    empty = [index for index, ids in enumerate(token_ids) if not ids]
-    if empty:
-        raise DataError(
-            f"{len(empty)} of {len(token_ids)} texts give no token (the first is number {empty[0] + 1} of its edge); "
-            "remove texts without any character the tokenizer knows"
-        )
-    return TokenizedExamples(token_ids, examples.labels, tokenizer.pad_token_id)
-
-
-def _token_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> list[list[int]]:
-    if not texts:
-        return []
-    with _tokenizing:  # the length is state of the shared tokenizer: another thread's call would change it midway
-        encoded = tokenizer(
-            texts, truncation=True, max_length=max_tokens, return_attention_mask=False, return_token_type_ids=False
-        )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
 
 
 def training_batches(
@@ -85,7 +35,7 @@ def training_batches(
 
     An epoch is shuffled, then sorted by length within windows of 16 batches, whose order is shuffled again. Within an
     epoch every row comes once; a batch may span two epochs. `seed_parts`, such as (seed, round, edge_id), fixes the
-    order. Tensors: input_ids and attention_mask (batch, tokens), labels (batch,), all int64.
+    order. Tensors: input_ids and attention_mask (batch, tokens), labels (batch,) or (batch, tokens), all int64.
     Raises DataError if there are no rows.
     """
     if not len(tokenized):
@@ -131,10 +81,15 @@ def pad_batch(tokenized: TokenizedExamples, indices: Sequence[int], pad_to_multi
     width = _padded_length(max(map(len, rows)), pad_to_multiple_of)
     lengths = torch.tensor([len(row) for row in rows])
     return {
-        "input_ids": torch.tensor([row + [tokenized.pad_token_id] * (width - len(row)) for row in rows]),
+        "input_ids": torch.tensor([_padded(row, width, tokenized.pad_token_id) for row in rows]),
         "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
-        "labels": torch.tensor([tokenized.labels[index] for index in indices]),
+        "labels": torch.tensor([_padded(tokenized.labels[index], width, IGNORED) for index in indices]),
     }
+
+
+def _padded(row: int | list[int], width: int, filling: int) -> int | list[int]:
+    """A row of one value per token at full width; a single label is left as it is."""
+    return row if isinstance(row, int) else row + [filling] * (width - len(row))
 
 
 def _padded_length(length: int, multiple: int) -> int:

@@ -4,94 +4,49 @@ How a config is read from a file, and how its faults are told, is `fedpipe_core.
 Importing this module imports no torch, so the command line answers at once.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-Bits = Literal[4, 8, 16, 32]
-Rank = Annotated[int, Field(ge=1, le=1024)]
+from fedpipe_core.config_base import Bits, Name, Rank, Spec
+from fedpipe_core.config_inputs import (
+    DataSpec,
+    EvaluationSpec,
+    GenerationMetric,
+    GenerationSpec,
+    ModelSpec,
+    PartitionSpec,
+)
+
+__all__ = [
+    "AggregationSpec",
+    "Bits",
+    "DataSpec",
+    "EdgeSpec",
+    "EvaluationSpec",
+    "ExchangeSpec",
+    "FederationConfig",
+    "GenerationMetric",
+    "GenerationSpec",
+    "Metric",
+    "ModelSpec",
+    "Name",
+    "PartitionSpec",
+    "PlanPin",
+    "PlanningSpec",
+    "Rank",
+    "ReleaseSpec",
+    "ResourcesSpec",
+    "Spec",
+    "TrackingSpec",
+    "TrainingSpec",
+]
+
 AggregationRule = Literal["delta_svd", "fedavg", "rankwise", "hetlora", "flexlora", "raflora", "ffa", "flora_stack"]
 Method = Literal["fedpipe", "fedlora"]
 ExportName = Literal["adapter", "merged", "int8", "nf4", "nf4+adapter", "auto"]
+Metric = Literal["accuracy", "macro_f1", "loss", "perplexity", "token_accuracy", GenerationMetric]
 ImportanceMethod = Literal["adalora", "gradient_spectrum", "uniform", "random", "last_layers"]
-
-
-class Spec(BaseModel):
-    """A frozen section of the config that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelSpec(Spec):
-    """Which base model is tuned, and how it may be held in memory."""
-
-    base: str = Field(
-        description="Base model: a local folder in Hugging Face format, `package:NAME` for weights "
-        "inside an installed Python package, or a hub id"
-    )
-    task: Literal["sequence-classification"] = Field(
-        "sequence-classification", description="What the model is tuned to do"
-    )
-    max_tokens: int = Field(64, ge=4, le=131072, description="Longest example in tokens; longer ones are cut there")
-    bits: tuple[Bits, ...] = Field(
-        (32, 8, 4),
-        min_length=1,
-        description="Bit widths the planner may choose for an edge's base: 32 or 16 (dense), 8 (int8), 4 (NF4)",
-    )
-    trust_remote_code: bool = Field(False, description="Run Python code that ships inside the base model's folder")
-
-
-class PartitionSpec(Spec):
-    """How one data file is dealt to simulated edges; real edges each name their own file instead."""
-
-    by: Literal["iid", "column", "dirichlet"] = Field(
-        description="`iid` deals rows at random, `column` gives each edge its own values of a column, "
-        "`dirichlet` draws each label's shares from Dirichlet(alpha)"
-    )
-    column: str | None = Field(None, description="Column that decides the edge (for `by: column`)")
-    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; smaller is more skewed (for `by: dirichlet`)")
-
-    @model_validator(mode="after")
-    def _column_is_named(self) -> "PartitionSpec":
-        if self.by == "column" and self.column is None:
-            raise ValueError("`by: column` needs `column`, the name of the column that decides the edge")
-        return self
-
-
-class DataSpec(Spec):
-    """Where examples are and what their columns mean. Paths are relative to the config file, full for a worker."""
-
-    train: str = Field(
-        "",
-        description="Training rows (.jsonl, .csv or .parquet, .gz too); `{edge_id}` in the path is replaced, "
-        "so each edge reads its own file. Left out when every edge names a `work_pool`",
-    )
-    test: str = Field(description="Held-out rows at the coordinator, on which every round is judged")
-    text_column: str = Field("text", description="Column with the text")
-    label_column: str = Field("label", description="Column with the label: an integer from 0 to labels - 1")
-    label_name_column: str | None = Field(
-        None, description="Column of the test file with the label's name, kept in the released model"
-    )
-    labels: int = Field(ge=2, le=1_000_000, description="Number of labels")
-    validation_fraction: float = Field(
-        0.1, ge=0, lt=0.9, description="Share of an edge's rows kept out of training, on which that edge judges rounds"
-    )
-    partition: PartitionSpec | None = Field(
-        None, description="How `train` is dealt to simulated edges; leave out when each edge has its own file"
-    )
-
-
-class EvaluationSpec(Spec):
-    """How rounds are judged at the coordinator."""
-
-    batch_size: int = Field(64, ge=1, le=65536, description="Examples per evaluation batch")
-    examples_per_round: int | None = Field(
-        None,
-        ge=1,
-        description="Held-out examples judged after every round but the last, drawn once by seed; all when left out. "
-        "The model before training and the final one are always judged on all",
-    )
 
 
 class ResourcesSpec(Spec):
@@ -272,8 +227,10 @@ class ReleaseSpec(Spec):
         "its memory holds",
     )
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Number format of the merged model")
-    metric: Literal["accuracy", "macro_f1", "loss"] = Field(
-        "accuracy", description="Held-out metric that decides promotion"
+    metric: Metric | None = Field(
+        None,
+        description="Held-out metric that decides promotion; accuracy of a classifier and loss of a causal language "
+        "model when left out",
     )
     min_improvement: float = Field(0.0, ge=0, description="Smallest gain over the champion that promotes")
     confidence: float = Field(
@@ -287,7 +244,10 @@ class ReleaseSpec(Spec):
         description="Column of the test file whose values are slices (a domain, an edge) the gate checks one by one",
     )
     max_slice_regression: float = Field(
-        0.05, ge=0, le=1, description="Largest fall of accuracy on any slice; small slices need a larger one"
+        0.05,
+        ge=0,
+        le=1,
+        description="Largest fall of accuracy, or of token accuracy, on any slice; small slices need a larger one",
     )
     max_loss_increase: float = Field(
         0.05, ge=0, description="Largest relative rise of an export's loss over the unquantized merged model's"
@@ -353,7 +313,7 @@ class FederationConfig(Spec):
 
     @model_validator(mode="after")
     def _edges_fit_together(self) -> "FederationConfig":
-        faults = [*_edge_faults(self), *_partition_faults(self), *_rule_faults(self)]
+        faults = [*_edge_faults(self), *_partition_faults(self), *_rule_faults(self), *_task_faults(self)]
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -397,3 +357,25 @@ def _rule_faults(config: FederationConfig) -> list[str]:
             f"exchange.energy below 1 sends directions of the change, which rule {rule} cannot combine; set it to 1"
         ]
     return []
+
+
+def _task_faults(config: FederationConfig) -> list[str]:
+    classifies, data = config.model.task == "sequence-classification", config.data
+    needed = "label" if classifies else "completion"
+    faults = []
+    if data.format != needed:
+        faults.append(f"data.format is {data.format}, but model.task {config.model.task} reads rows of format {needed}")
+    if classifies and data.labels is None:
+        faults.append("data.labels, the number of labels, is missing")
+    metrics = _metrics(config)
+    if config.release.metric not in (None, *metrics):
+        faults.append(f"release.metric is {config.release.metric}, which is not measured: {', '.join(metrics)} are")
+    return faults
+
+
+def _metrics(config: FederationConfig) -> tuple[str, ...]:
+    """What is measured on the held-out set."""
+    if config.model.task == "sequence-classification":
+        return ("accuracy", "macro_f1", "loss")
+    written = config.evaluation.generate.metrics if config.evaluation.generate else ()
+    return ("loss", "perplexity", "token_accuracy", *written)

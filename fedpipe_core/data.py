@@ -1,8 +1,9 @@
-"""What the rows of a data file mean: texts with labels.
+"""What the rows of a data file mean: texts with labels, or dialogues.
 
 Decides which rows can be used, what a data set's fingerprint is and which rows an edge keeps for validation; leaves
-reading files to `fedpipe_core.rows` and the choice of an edge's rows to `fedpipe_core.partition`. A row's own text
-never enters a message, since an edge's messages may travel to the coordinator; a wrong label does, shortened.
+reading files to `fedpipe_core.rows`, dialogues to `fedpipe_core.dialogues` and the choice of an edge's rows to
+`fedpipe_core.partition`. A row's own text never enters a message, since an edge's messages may travel to the
+coordinator; a wrong label does, shortened.
 """
 
 import hashlib
@@ -12,13 +13,32 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 from fedpipe_core.config import DataSpec
+from fedpipe_core.dialogues import DIALOGUE_FORMATS, Dialogues, Values, collect_dialogues, dialogue_fault
 from fedpipe_core.errors import DataError
+from fedpipe_core.row_faults import first_faults, quoted, shorten, text_fault
 from fedpipe_core.rows import Row, read_rows
 
-FAULTS_SHOWN = 3
+
+class ExampleSet(Protocol):
+    """Rows of any format. `strata` holds the group of each row that a split keeps in proportion, the label if any."""
+
+    def __len__(self) -> int: ...
+
+    def select(self, indices: Iterable[int]) -> Self:
+        """The rows at `indices`, in that order."""
+
+    @property
+    def strata(self) -> Sequence[int]:
+        """The group of every row."""
+
+    def row_keys(self) -> list[str]:
+        """Each row as one text; equal for equal rows only."""
+
+
+AnyExamples = TypeVar("AnyExamples", bound=ExampleSet)
 
 
 @dataclass(frozen=True)
@@ -36,19 +56,32 @@ class Examples:
         chosen = list(indices)
         return Examples([self.texts[i] for i in chosen], [self.labels[i] for i in chosen])
 
+    @property
+    def strata(self) -> Sequence[int]:
+        """The labels."""
+        return self.labels
 
-def load_examples(path: str | Path, spec: DataSpec) -> Examples:
-    """Read and check the examples of one file; other columns are ignored.
+    def row_keys(self) -> list[str]:
+        """Each row as one text."""
+        return [f"{label}:{text}" for text, label in zip(self.texts, self.labels, strict=True)]
+
+
+def load_examples(path: str | Path, spec: DataSpec) -> Examples | Dialogues:
+    """Read and check the examples of one file in the configured format; other columns are ignored.
 
     A text is a string that is not blank. A label is an integer from 0 to labels - 1, or its decimal digits.
     Raises DataError for a file or column that is missing, and for unusable rows: their count and the first few.
     """
-    return _load(path, spec, extra_column=None)[0]
+    return load_examples_and_column(path, spec, None)[0]
 
 
-def load_examples_and_column(path: str | Path, spec: DataSpec, column: str) -> tuple[Examples, list[Any]]:
+def load_examples_and_column(
+    path: str | Path, spec: DataSpec, column: str | None
+) -> tuple[Examples | Dialogues, list[Any]]:
     """Like `load_examples`, with the values of one more column, row by row. Raises DataError likewise."""
-    return _load(path, spec, extra_column=column)
+    rows = _usable_rows(path, spec, [column] if column else [])
+    extra = [values[column] for values in rows] if column else []
+    return (_collect_labelled(rows, spec) if spec.format == "label" else collect_dialogues(rows, spec)), extra
 
 
 def label_names(path: str | Path, spec: DataSpec) -> list[str] | None:
@@ -58,32 +91,32 @@ def label_names(path: str | Path, spec: DataSpec) -> list[str] | None:
     """
     if spec.label_name_column is None:
         return None
-    examples, values = load_examples_and_column(path, spec, spec.label_name_column)
     names: dict[int, set[str]] = defaultdict(set)
-    for label, value in zip(examples.labels, values, strict=True):
-        names[label].add("" if value is None else str(value).strip())
-    faults = _name_faults(names, spec.labels)
+    for values in _usable_rows(path, spec, [spec.label_name_column]):
+        name = values[spec.label_name_column]
+        names[_as_integer(values[spec.label_column])].add("" if name is None else str(name).strip())
+    labels = spec.labels or 0
+    faults = _name_faults(names, labels)
     if faults:
         raise DataError(
-            f"{path} column {spec.label_name_column!r} does not name the labels one to one: {_first(faults)}; "
+            f"{path} column {spec.label_name_column!r} does not name the labels one to one: {first_faults(faults)}; "
             "correct the file, or leave out data.label_name_column"
         )
-    return [min(names[label]) for label in range(spec.labels)]
+    return [min(names[label]) for label in range(labels)]
 
 
-def fingerprint(examples: Examples, salt: str) -> str:
+def fingerprint(examples: ExampleSet, salt: str) -> str:
     """Salted SHA-256 of the rows, whatever their order: tells whether the data changed, not what it is."""
     return hashlib.sha256(b"".join(sorted(row_digests(examples, salt)))).hexdigest()
 
 
-def row_digests(examples: Examples, salt: str) -> list[bytes]:
+def row_digests(examples: ExampleSet, salt: str) -> list[bytes]:
     """Salted SHA-256 of every row; to sort by it is a shuffle that does not depend on the rows' order in the file."""
     key = hashlib.sha256(salt.encode()).digest()
-    rows = zip(examples.texts, examples.labels, strict=True)
-    return [hashlib.sha256(key + f"{label}:{text}".encode()).digest() for text, label in rows]
+    return [hashlib.sha256(key + row.encode()).digest() for row in examples.row_keys()]
 
 
-def split_validation(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+def split_validation(examples: AnyExamples, fraction: float, seed: int) -> tuple[AnyExamples, AnyExamples]:
     """Split into training and validation rows, both in their old order.
 
     Systematic sampling: the r-th of a label's c rows, shuffled, stands at (r + 1/2) / c, and the rows that stand lowest
@@ -93,7 +126,7 @@ def split_validation(examples: Examples, fraction: float, seed: int) -> tuple[Ex
     """
     digests = row_digests(examples, f"validation:{seed}")
     count = min(max(round(fraction * len(examples)), int(fraction > 0)), max(len(examples) - 1, 0))
-    position = _positions_within_label(examples.labels, digests)
+    position = _positions_within_label(examples.strata, digests)
     by_position = sorted(range(len(examples)), key=lambda i: (position[i], digests[i]))
     held_out = set(by_position[:count])
     training = [i for i in range(len(examples)) if i not in held_out]
@@ -111,23 +144,23 @@ def _positions_within_label(labels: Sequence[int], digests: Sequence[bytes]) -> 
     return positions
 
 
-def _load(path: str | Path, spec: DataSpec, extra_column: str | None) -> tuple[Examples, list[Any]]:
-    columns = [spec.text_column, spec.label_column, *([extra_column] if extra_column else [])]
-    examples, extra, faults = Examples([], []), [], []
+def _usable_rows(path: str | Path, spec: DataSpec, extra_columns: Sequence[str]) -> list[Values]:
+    """The values of every row. Raises DataError when a row cannot be used."""
+    needed = _label_columns(spec) if spec.format == "label" else DIALOGUE_FORMATS[spec.format].columns(spec)
+    columns, faults = [*needed, *extra_columns], []
+    usable: list[Values] = []
     for number, row in enumerate(read_rows(path)):
         if number == 0:
             _require_columns(row, columns, path)
         fault = _fault_of(row.values, columns, spec)
         if fault:
             faults.append(f"{row.place}: {fault}")
-            continue
-        examples.texts.append(row.values[spec.text_column])
-        examples.labels.append(_as_integer(row.values[spec.label_column]))
-        extra.append(row.values[columns[-1]])
+        else:
+            usable.append(row.values)
     if faults:
         rows = "1 unusable row" if len(faults) == 1 else f"{len(faults)} unusable rows"
-        raise DataError(f"{path} has {rows}: {_first(faults)}; correct or remove them")
-    return examples, extra
+        raise DataError(f"{path} has {rows}: {first_faults(faults)}; correct or remove them")
+    return usable
 
 
 def _require_columns(row: Row, columns: Sequence[str], path: str | Path) -> None:
@@ -137,33 +170,33 @@ def _require_columns(row: Row, columns: Sequence[str], path: str | Path) -> None
         nearest = get_close_matches(missing[0], found, n=1)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
         raise DataError(
-            f"{path} {row.place} has no column {_quoted(missing)}: found {_quoted(found)}, needed {_quoted(columns)}; "
+            f"{path} {row.place} has no column {quoted(missing)}: found {quoted(found)}, needed {quoted(columns)}; "
             f"{hint}correct the file or the column's name in the config's `data` section"
         )
 
 
-def _fault_of(values: dict[str, Any], columns: Sequence[str], spec: DataSpec) -> str | None:
+def _fault_of(values: Values, columns: Sequence[str], spec: DataSpec) -> str | None:
     missing = [column for column in columns if column not in values]
     if missing:
-        return f"no column {_quoted(missing)}"
-    text, label = values[spec.text_column], values[spec.label_column]
-    if not isinstance(text, str):
-        return f"{spec.text_column!r} is {type(text).__name__}, needed a string"
-    if not text.strip():
-        return f"{spec.text_column!r} is empty"
-    if not _is_unicode(text):
-        return f"{spec.text_column!r} holds half of a surrogate pair, which is no character"
-    if _as_integer(label) not in range(spec.labels):
-        return f"{spec.label_column!r} is {_shorten(label)}, needed an integer from 0 to {spec.labels - 1}"
-    return None
+        return f"no column {quoted(missing)}"
+    return _label_fault(values, spec) if spec.format == "label" else dialogue_fault(values, spec)
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _label_columns(spec: DataSpec) -> list[str]:
+    return [spec.text_column, spec.label_column]
+
+
+def _label_fault(values: Values, spec: DataSpec) -> str | None:
+    label, labels = values[spec.label_column], spec.labels or 0
+    if _as_integer(label) not in range(labels):
+        wrong = f"{spec.label_column!r} is {shorten(label)}, needed an integer from 0 to {labels - 1}"
+        return text_fault(values, spec.text_column) or wrong
+    return text_fault(values, spec.text_column)
+
+
+def _collect_labelled(rows: Sequence[Values], spec: DataSpec) -> Examples:
+    labels = [_as_integer(values[spec.label_column]) for values in rows]
+    return Examples([values[spec.text_column] for values in rows], labels)
 
 
 def _as_integer(value: object) -> int:
@@ -177,7 +210,7 @@ def _name_faults(names: dict[int, set[str]], labels: int) -> list[str]:
     faults = [f"label {label} has no row" for label in range(labels) if label not in names]
     faults += [f"label {label} has an empty name" for label in sorted(names) if "" in names[label]]
     faults += [
-        f"label {label} has the names {_quoted(sorted(names[label]))}"
+        f"label {label} has the names {quoted(sorted(names[label]))}"
         for label in sorted(names)
         if len(names[label]) > 1
     ]
@@ -187,17 +220,3 @@ def _name_faults(names: dict[int, set[str]], labels: int) -> list[str]:
             if owner.setdefault(name, label) != label:
                 faults.append(f"labels {owner[name]} and {label} are both named {name!r}")
     return faults
-
-
-def _first(faults: Sequence[str]) -> str:
-    rest = len(faults) - FAULTS_SHOWN
-    return "; ".join(faults[:FAULTS_SHOWN]) + (f"; and {rest} more" if rest > 0 else "")
-
-
-def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names)
-
-
-def _shorten(value: object, limit: int = 40) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"

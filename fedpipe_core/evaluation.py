@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,46 +12,105 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedpipe_core.batches import Batch, TokenizedExamples, evaluation_batches
+from fedpipe_core.batches import Batch, evaluation_batches
+from fedpipe_core.config_inputs import GenerationSpec
 from fedpipe_core.edge_model import move_batch
-from fedpipe_core.predictions import Predictions
+from fedpipe_core.generation import write_texts
+from fedpipe_core.losses import class_logits, token_logits
+from fedpipe_core.predictions import Answers, Predictions, metric_of
+from fedpipe_core.text_metrics import text_counts
+from fedpipe_core.token_predictions import TokenPredictions
+from fedpipe_core.tokenizing import Prompts, TokenizedExamples
 
 
-def predict(model: nn.Module, examples: TokenizedExamples, batch_size: int, batches_at_once: int = 1) -> Predictions:
+@dataclass(frozen=True)
+class WritingTask:
+    """Prompts to continue, how, and the tokenizer that reads the answers."""
+
+    prompts: Prompts
+    spec: GenerationSpec
+    tokenizer: Any
+
+
+def predict(
+    model: nn.Module,
+    examples: TokenizedExamples,
+    batch_size: int,
+    batches_at_once: int = 1,
+    writing: WritingTask | None = None,
+) -> Answers:
     """Answer every example, in the examples' own order; the loss is cross-entropy in nats.
 
+    A language model also continues the prompts of `writing`, if any.
     `batches_at_once` threads of one core each share the batches. They never wait for each other, so they stay fast on
     a machine that has other work, where one operation spread over all cores waits for the slowest.
     """
-    predicted = np.zeros(len(examples), dtype=np.int64)
-    losses = np.zeros(len(examples), dtype=np.float64)
+    if not examples.per_token:
+        predicted, losses = _answers(model, examples, batch_size, batches_at_once, _classify)
+        labels = np.array(examples.labels, dtype=np.int64)
+        return Predictions(evaluation_sha256(examples), labels, predicted.astype(np.int64), losses)
+    counted = _answers(model, examples, batch_size, batches_at_once, _score_tokens)
+    tokens, right = (values.astype(np.int64) for values in counted[:2])
+    found = TokenPredictions(evaluation_sha256(examples, writing), tokens, right, counted[2])
+    if writing is None:
+        return found
+    texts = write_texts(model, writing.tokenizer, writing.prompts, writing.spec, batches_at_once)
+    return replace(found, written=text_counts(writing.spec, texts, writing.prompts.references))
 
-    def answer(indexed: tuple[list[int], Batch]) -> None:
+
+def metrics_of(predictions: Answers) -> dict[str, float]:
+    """Every metric that was measured, by name."""
+    return {name: metric_of(predictions, name) for name in predictions.metrics}
+
+
+def evaluation_sha256(examples: TokenizedExamples, writing: WritingTask | None = None) -> str:
+    """Name of an evaluation set: equal for the same tokens, labels and prompts in the same order."""
+    content: list[Any] = [examples.token_ids, examples.labels]
+    if writing is not None:
+        content += [
+            writing.prompts.token_ids,
+            writing.prompts.references,
+            writing.spec.model_dump(exclude={"batch_size"}),
+        ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _answers(
+    model: nn.Module,
+    examples: TokenizedExamples,
+    batch_size: int,
+    batches_at_once: int,
+    answer: Callable[[nn.Module, Batch], torch.Tensor],
+) -> Any:
+    """What `answer` gives for every example, (values, examples), float64."""
+    values = np.zeros((3 if examples.per_token else 2, len(examples)))
+
+    def fill(indexed: tuple[list[int], Batch]) -> None:
         indices, batch = indexed
-        predicted[indices], losses[indices] = _answer(model, batch)
+        values[:, indices] = answer(model, batch).double().cpu().numpy()
 
     with ThreadPoolExecutor(batches_at_once, initializer=torch.set_num_threads, initargs=(1,)) as threads:
         run = map if batches_at_once == 1 else threads.map
-        for _ in run(answer, evaluation_batches(examples, batch_size)):
+        for _ in run(fill, evaluation_batches(examples, batch_size)):
             pass
-    return Predictions(evaluation_sha256(examples), np.array(examples.labels, dtype=np.int64), predicted, losses)
+    return values
 
 
 @torch.inference_mode()
-def _answer(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
-    """Predicted labels and losses of one batch, each (examples,)."""
-    inputs = move_batch(batch, model)
-    labels = inputs.pop("labels")
-    logits = model(**inputs).logits.float()
-    losses = functional.cross_entropy(logits, labels, reduction="none")
-    return logits.argmax(dim=-1).cpu().numpy(), losses.cpu().numpy()
+def _classify(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Predicted labels and losses of one batch, (2, examples)."""
+    moved = move_batch(batch, model)
+    logits = class_logits(model, moved)
+    losses = functional.cross_entropy(logits, moved["labels"], reduction="none")
+    return torch.stack([logits.argmax(dim=-1).double(), losses.double()])
 
 
-def metrics_of(predictions: Predictions) -> dict[str, float]:
-    """Accuracy, macro-F1 over the labels that occur, and mean loss."""
-    return {name: predictions.metric(name) for name in ("accuracy", "macro_f1", "loss")}
-
-
-def evaluation_sha256(examples: TokenizedExamples) -> str:
-    """Name of an evaluation set: equal for the same tokens and labels in the same order."""
-    return hashlib.sha256(json.dumps([examples.token_ids, examples.labels]).encode()).hexdigest()
+@torch.inference_mode()
+def _score_tokens(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Learned tokens, right ones among them and summed losses of one batch, (3, examples)."""
+    moved = move_batch(batch, model)
+    logits, targets, rows = token_logits(model, moved)
+    losses = functional.cross_entropy(logits, targets, reduction="none").double()
+    right = (logits.argmax(dim=-1) == targets).double()
+    sums = torch.zeros(3, len(moved["labels"]), dtype=torch.float64, device=losses.device)
+    return sums.index_add_(1, rows, torch.stack([torch.ones_like(losses), right, losses]))

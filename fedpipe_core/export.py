@@ -4,6 +4,7 @@ Merging is done on the dense base in float32; a quantized base would round most 
 it is written and how a user reads it back, so that what is judged is what was written.
 """
 
+import copy
 import hashlib
 import re
 from collections.abc import Callable
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 
 from fedpipe_core.adapters import Adapter
-from fedpipe_core.model import Base, head_modules, share
+from fedpipe_core.model import Base, auto_class, head_modules, predicts_tokens, share
 
+PEFT_TASKS = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -28,6 +30,12 @@ class TunedModel:
     adapter: Adapter
     dtype: str
     label_names: list[str] | None
+    chat_template: str | None = None
+
+    @property
+    def task(self) -> str:
+        """What the model does, as the config names it."""
+        return "causal-lm" if predicts_tokens(self.base.model) else "sequence-classification"
 
 
 @dataclass(frozen=True)
@@ -70,13 +78,13 @@ def _write_adapter(tuned: TunedModel, folder: Path) -> None:
 
     ranks = {re.escape(name): rank for name, rank in tuned.adapter.ranks.items() if rank}
     config = LoraConfig(
-        task_type="SEQ_CLS",
+        task_type=PEFT_TASKS[tuned.task],
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
         target_modules=[name for name, rank in tuned.adapter.ranks.items() if rank],
         rank_pattern=ranks,
         alpha_pattern=ranks,  # scaling 1: it is folded into B
-        modules_to_save=head_modules(tuned.base.model),
+        modules_to_save=head_modules(tuned.base.model) or None,
     )
     model: Any = get_peft_model(share(tuned.base.model), config)
     model.peft_config["default"].base_model_name_or_path = str(tuned.base.folder)
@@ -91,7 +99,7 @@ def _write_adapter(tuned: TunedModel, folder: Path) -> None:
             saved = model.base_model.model.get_submodule(module).modules_to_save["default"]
             getattr(saved, leaf).copy_(value)
     model.save_pretrained(folder)
-    tuned.base.tokenizer.save_pretrained(folder)
+    write_tokenizer(tuned, folder)
 
 
 def _load_adapter(tuned: TunedModel, folder: Path) -> nn.Module:
@@ -108,18 +116,35 @@ def _write_merged(tuned: TunedModel, folder: Path) -> None:
         model.config.id2label = dict(enumerate(tuned.label_names))
         model.config.label2id = {name: index for index, name in enumerate(tuned.label_names)}
     dtype = DTYPES[tuned.dtype]
-    for module in model.modules():  # new parameters: `model.to` would change those shared with the base
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, leaf, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+    _convert(model, dtype)
     model.config.dtype = dtype
     model.save_pretrained(folder)
-    tuned.base.tokenizer.save_pretrained(folder)
+    write_tokenizer(tuned, folder)
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give a model parameters of its own in a dtype: `model.to` would change those shared with the base.
+
+    What is one parameter in two places, as tied embeddings are, stays one.
+    """
+    converted: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in converted:
+                converted[parameter] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+            setattr(module, leaf, converted[parameter])
+
+
+def write_tokenizer(tuned: TunedModel, folder: Path) -> None:
+    """The base's tokenizer; its chat template becomes the one that renders a prompt as training did."""
+    tokenizer = copy.copy(tuned.base.tokenizer)  # threads share the base's
+    if tuned.chat_template is not None:
+        tokenizer.chat_template = tuned.chat_template
+    tokenizer.save_pretrained(folder)
 
 
 def _load_merged(tuned: TunedModel, folder: Path) -> nn.Module:
-    from transformers import AutoModelForSequenceClassification
-
-    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True).eval()
+    model: nn.Module = auto_class(tuned.task).from_pretrained(folder, local_files_only=True).eval()
     return model
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedpipe_core.config import ReleaseSpec
 from fedpipe_core.errors import ReleaseError
-from fedpipe_core.predictions import Interval, Predictions, improvement_interval
+from fedpipe_core.predictions import Answers, Interval, improvement_interval, metric_of
 
 _ROUNDING = 1e-12  # a gain of exactly the minimum must pass although 0.57 - 0.56 < 0.01
 
@@ -42,8 +42,8 @@ class Decision:
 
 
 def decide(
-    challenger: Predictions,
-    champion: Predictions | None,
+    challenger: Answers,
+    champion: Answers | None,
     spec: ReleaseSpec,
     slices: Sequence[str] | None = None,
     seed: int = 0,
@@ -85,37 +85,39 @@ def loss_check(export: str, loss: float, merged_loss: float, spec: ReleaseSpec) 
     )
 
 
-def _finite_check(challenger: Predictions) -> Check:
+def _finite_check(challenger: Answers) -> Check:
     bad = int((~np.isfinite(challenger.losses)).sum())
     found = "every loss is finite" if bad == 0 else f"{bad} of {challenger.losses.size} losses are not finite"
     return Check("finite losses", float(bad), 0.0, bad == 0, found)
 
 
-def _first_version_check(challenger: Predictions, spec: ReleaseSpec) -> Check:
-    value = challenger.metric(spec.metric)
-    return Check(spec.metric, value, None, True, f"no champion yet; {spec.metric} is {value:.4f}")
+def _first_version_check(challenger: Answers, spec: ReleaseSpec) -> Check:
+    metric = spec.metric or challenger.metrics[0]
+    value = metric_of(challenger, metric)
+    return Check(metric, value, None, True, f"no champion yet; {metric} is {value:.4f}")
 
 
-def _require_same_set(challenger: Predictions, champion: Predictions) -> None:
+def _require_same_set(challenger: Answers, champion: Answers) -> None:
     same = challenger.evaluation_sha256 == champion.evaluation_sha256
-    if not same or not np.array_equal(challenger.labels, champion.labels):
+    if not same or not np.array_equal(challenger.truth(), champion.truth()):
         raise ReleaseError(
-            f"challenger was evaluated on set {challenger.evaluation_sha256[:12]} ({challenger.labels.size} examples) "
-            f"and champion on {champion.evaluation_sha256[:12]} ({champion.labels.size} examples); the gate compares "
+            f"challenger was evaluated on set {challenger.evaluation_sha256[:12]} ({challenger.losses.size} examples) "
+            f"and champion on {champion.evaluation_sha256[:12]} ({champion.losses.size} examples); the gate compares "
             "example by example: evaluate the champion on the challenger's set"
         )
 
 
-def _improvement_checks(challenger: Predictions, champion: Predictions, spec: ReleaseSpec, seed: int) -> list[Check]:
-    gain = improvement_interval(challenger, champion, spec.metric, spec.confidence, seed)
-    now, before = challenger.metric(spec.metric), champion.metric(spec.metric)
+def _improvement_checks(challenger: Answers, champion: Answers, spec: ReleaseSpec, seed: int) -> list[Check]:
+    metric = spec.metric or challenger.metrics[0]
+    gain = improvement_interval(challenger, champion, metric, spec.confidence, seed)
+    now, before = metric_of(challenger, metric), metric_of(champion, metric)
     needed = f"at least {spec.min_improvement:g}" if spec.min_improvement else "more than 0"
     size = Check(
-        name=f"{spec.metric} improvement",
+        name=f"{metric} improvement",
         value=gain.estimate,
         threshold=spec.min_improvement,
         passed=gain.estimate > 0 and gain.estimate >= spec.min_improvement - _ROUNDING,
-        reason=f"{spec.metric} is {now:.4f} against the champion's {before:.4f}, an improvement of "
+        reason=f"{metric} is {now:.4f} against the champion's {before:.4f}, an improvement of "
         f"{gain.estimate:+.4f}; needed {needed}",
     )
     return [size, _certainty_check(gain)] if spec.confidence else [size]
@@ -133,11 +135,11 @@ def _certainty_check(gain: Interval) -> Check:
     )
 
 
-def _slice_check(challenger: Predictions, champion: Predictions, spec: ReleaseSpec, slices: Sequence[str]) -> Check:
+def _slice_check(challenger: Answers, champion: Answers, spec: ReleaseSpec, slices: Sequence[str]) -> Check:
     """Compare accuracy slice by slice; the check's value is the largest fall."""
-    if len(slices) != challenger.labels.size:
+    if len(slices) != challenger.losses.size:
         raise ReleaseError(
-            f"{len(slices)} slice names were given for {challenger.labels.size} evaluated examples; needed one each"
+            f"{len(slices)} slice names were given for {challenger.losses.size} evaluated examples; needed one each"
         )
     names, members = np.unique(np.asarray(slices, dtype=str), return_inverse=True)
     sizes = np.bincount(members)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fedpipe_core.config import PlanningSpec
 from fedpipe_core.edge_model import move_batch, own_head
 from fedpipe_core.errors import RunError
+from fedpipe_core.losses import training_loss
 from fedpipe_core.model import adaptable_modules, head_parameters, linear_size, share
 from fedpipe_core.seeding import derive_seed, random_generator
-from fedpipe_core.training import classification_loss
 
 Scores = dict[str, list[float]]
 Batches = Iterator[Mapping[str, Tensor]]
@@ -53,7 +53,7 @@ def adalora_scores(base: nn.Module, batches: Batches, rank: int, seed: int) -> S
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     averages = [_Average() for _ in trained]
     for batch in batches:
-        classification_loss(model, move_batch(batch, model)).backward()  # type: ignore[no-untyped-call]
+        training_loss(model, move_batch(batch, model)).backward()  # type: ignore[no-untyped-call]
         for average, parameter in zip(averages, trained, strict=True):
             average.update((parameter.detach() * parameter.grad).abs())
         optimizer.step()
@@ -77,11 +77,12 @@ def gradient_spectrum_scores(base: nn.Module, batches: Batches, rank: int, seed:
         name: _GradientSketch.of(model.get_submodule(name), 2 * rank, derive_seed(seed, name))
         for name in adaptable_modules(model)
     }
-    optimizer = torch.optim.AdamW(head, lr=PROBE_HEAD_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(head, lr=PROBE_HEAD_RATE, weight_decay=0.0) if head else None
     for batch in batches:
-        classification_loss(model, move_batch(batch, model)).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        training_loss(model, move_batch(batch, model)).backward()  # type: ignore[no-untyped-call]
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     return {name: sketch.squared_singular_values(rank) for name, sketch in sketches.items()}
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fedpipe_core.batches import Batch
 from fedpipe_core.edge_model import EdgeModel, move_batch
+from fedpipe_core.losses import training_loss
 from fedpipe_core.resources import saved_tensor_bytes
-from fedpipe_core.training import classification_loss
 
 OPTIMIZER_COPIES = 3  # gradient and AdamW's two moments beside every trained parameter
 
@@ -23,7 +23,7 @@ def training_memory_bytes(edge: EdgeModel, batch: Batch) -> int:
     weights = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _held(edge.model)}
     trained = sum(value.nbytes for value in (*edge.adapter_parameters(), *edge.head_parameters()))
     moved = move_batch(batch, edge.model)
-    kept, _ = saved_tensor_bytes(lambda: classification_loss(edge.model, moved), edge.model.parameters())
+    kept, _ = saved_tensor_bytes(lambda: training_loss(edge.model, moved), edge.model.parameters())
     return sum(weights.values()) + OPTIMIZER_COPIES * trained + kept
 
 

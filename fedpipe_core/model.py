@@ -25,6 +25,8 @@ from fedpipe_core.architecture import (
     head_parameters,
     linear_size,
     model_shape,
+    output_layer,
+    predicts_tokens,
 )
 from fedpipe_core.base_folder import base_sha256, resolve_base
 from fedpipe_core.config import ModelSpec
@@ -33,6 +35,7 @@ from fedpipe_core.errors import ModelError
 __all__ = [
     "Base",
     "adaptable_modules",
+    "auto_class",
     "base_sha256",
     "bitsandbytes_config",
     "device_of",
@@ -42,6 +45,7 @@ __all__ = [
     "linear_size",
     "load_base",
     "model_shape",
+    "predicts_tokens",
     "quiet_transformers",
     "resolve_base",
     "share",
@@ -59,12 +63,17 @@ class Base:
     sha256: str
     bits: int
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
 
-def load_base(spec: ModelSpec, labels: int, bits: int, seed: int) -> Base:
+
+def load_base(spec: ModelSpec, labels: int | None, bits: int, seed: int) -> Base:
     """Load the base at a bit width: 32 and 16 dense, 8 int8, 4 NF4 with double quantization; the head stays dense.
 
-    Every parameter is frozen and dropout is off, so a forward pass is a function of weights and input alone. A head
-    that the folder lacks, or that answers another number of labels, is drawn from `seed`.
+    Every parameter is frozen and dropout is off, so a forward pass is a function of weights and input alone. A
+    classifier's head that the folder lacks, or that answers another number of labels, is drawn from `seed`.
 
     Raises ModelError when the folder cannot be read as a model of the configured task.
     """
@@ -108,20 +117,26 @@ def _load_tokenizer(folder: Path, spec: ModelSpec) -> Any:
         raise ModelError(f"tokenizer in {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
 
 
-def _load_model(folder: Path, spec: ModelSpec, labels: int, bits: int, seed: int) -> nn.Module:
-    from transformers import AutoModelForSequenceClassification
+def auto_class(task: str) -> Any:
+    """The class of `transformers` that loads a model of the task from a folder."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    return AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+
+
+def _load_model(folder: Path, spec: ModelSpec, labels: int | None, bits: int, seed: int) -> nn.Module:
     quiet_transformers()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {32: torch.float32, 16: torch.bfloat16}.get(bits, torch.bfloat16 if device == "cuda" else torch.float32)
-    options: dict[str, Any] = {"dtype": dtype, "num_labels": labels, "local_files_only": True}
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    options |= {} if labels is None else {"num_labels": labels}
     options["trust_remote_code"] = spec.trust_remote_code
     try:
         unquantized = _dense_modules(folder, spec)
         if bits < 16:
             options |= {"quantization_config": bitsandbytes_config(unquantized, bits, dtype), "device_map": device}
         with _seeded(seed):
-            model, found = AutoModelForSequenceClassification.from_pretrained(
+            model, found = auto_class(spec.task).from_pretrained(
                 folder, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
     except ModelError:
@@ -149,12 +164,12 @@ def _check_weights(model: nn.Module, found: dict[str, Any], folder: Path) -> Non
 
     Raises ModelError when the weights are of another model than config.json describes.
     """
-    head = head_parameters(model)
-    if not head:
+    head, output = head_parameters(model), output_layer(model)
+    if not head and output is None:
         raise ModelError(f"{type(model).__name__} in {folder} has no head behind its blocks; choose a classifier")
     replaced = {name for name, *_ in found["mismatched_keys"]}
     # Norms between blocks and head start as the identity, so only the blocks and what lies before them must be there.
-    needed = (*block_prefixes(model), *_embeddings(model))
+    needed = (*block_prefixes(model), *_embeddings(model, output))
     wrong = sorted(
         [name for name in replaced if name not in head]
         + [name for name in found["missing_keys"] if name.startswith(needed)]
@@ -168,8 +183,9 @@ def _check_weights(model: nn.Module, found: dict[str, Any], folder: Path) -> Non
         _log.warning("%s: a head of another size (%s) is replaced by a new one", folder, ", ".join(sorted(replaced)))
 
 
-def _embeddings(model: Any) -> list[str]:
-    return [f"{name}." for name, module in model.named_modules() if module is model.get_input_embeddings()]
+def _embeddings(model: Any, output: nn.Module | None) -> list[str]:
+    known = (model.get_input_embeddings(), output)
+    return [f"{name}." for name, module in model.named_modules() if any(module is layer for layer in known)]
 
 
 def bitsandbytes_config(unquantized: list[str], bits: int, dtype: torch.dtype) -> Any:
@@ -192,13 +208,13 @@ def _dense_modules(folder: Path, spec: ModelSpec) -> list[str]:
 
     Raises ModelError when the folder holds weights that are quantized already.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"model in {folder} is quantized already; give the dense one, model.bits decides its width")
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=spec.trust_remote_code)
+        model = auto_class(spec.task).from_config(config, trust_remote_code=spec.trust_remote_code)
     blocks = tuple(block_prefixes(model))
     return [name for name, part in model.named_modules() if linear_size(part) and not f"{name}.".startswith(blocks)]
 
@@ -226,7 +242,8 @@ def _agree_on_padding(model: Any, tokenizer: Any, folder: Path) -> None:
             "set `pad_token` in its tokenizer_config.json to a token of the model"
         )
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    model.config.get_text_config().use_cache = False  # a classifier never continues a text; the cache holds memory
+    if not predicts_tokens(model):
+        model.config.get_text_config().use_cache = False  # it never continues a text; the cache holds memory
 
 
 def _turn_dropout_off(model: nn.Module) -> None:

@@ -33,6 +33,25 @@ class CardFacts:
     baseline: Mapping[str, float]
     metrics: Mapping[str, Interval]
     exports: Sequence[ExportRecord] = field(default=())
+    task: str = "sequence-classification"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a card says of a task: the hub's name for it, what such a model is, what it takes, what loads it."""
+
+    pipeline_tag: str
+    noun: str
+    example: str
+    auto_class: str
+
+
+_KINDS = {
+    "sequence-classification": _Kind(
+        "text-classification", "text classifier", "a text to classify", "AutoModelForSequenceClassification"
+    ),
+    "causal-lm": _Kind("text-generation", "language model", "a prompt to continue", "AutoModelForCausalLM"),
+}
 
 
 def render_card(facts: CardFacts) -> str:
@@ -70,7 +89,7 @@ def _header(facts: CardFacts) -> str:
         **({"license": facts.base_license} if facts.base_license else {}),
         "base_model": facts.base,
         "library_name": "transformers",
-        "pipeline_tag": "text-classification",
+        "pipeline_tag": _KINDS[facts.task].pipeline_tag,
         "tags": ["federated-learning", "lora", "fedpipe"],
     }
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---"
@@ -80,20 +99,21 @@ def _introduction(facts: CardFacts) -> str:
     licence = facts.base_license or "not declared in the base's card; ask its publisher before you pass this model on"
     return (
         f"# {facts.model_name}\n\n"
-        f"A text classifier: `{facts.base}` fine-tuned by {len(facts.plan.edges)} edge servers in {len(facts.rounds)} "
-        "rounds of federated low-rank adaptation with FedPipe. No edge's rows left it.\n\n"
+        f"A {_KINDS[facts.task].noun}: `{facts.base}` fine-tuned by {len(facts.plan.edges)} edge servers in "
+        f"{len(facts.rounds)} rounds of federated low-rank adaptation with FedPipe. No edge's rows left it.\n\n"
         f"Licence of the base: {licence}."
     )
 
 
 def _use(facts: CardFacts) -> str:
+    kind = _KINDS[facts.task]
+    prompt = "; its tokenizer's chat template renders prompts as in training" if facts.task == "causal-lm" else ""
     return (
         "```python\n"
         "import mlflow\n\n"
         f'model = mlflow.pyfunc.load_model("models:/{facts.model_name}@champion")\n'
-        'model.predict(["a text to classify"])\n'
-        "```\n\n"
-        "The merged folder also loads with `transformers` alone, by `AutoModelForSequenceClassification`."
+        f'model.predict(["{kind.example}"])\n'
+        f"```\n\nThe merged folder also loads with `transformers` alone, by `{kind.auto_class}`{prompt}."
     )
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from fedpipe_core.config import DataSpec, EdgeSpec, FederationConfig, PartitionSpec
-from fedpipe_core.data import Examples, load_examples, load_examples_and_column, row_digests
+from fedpipe_core.data import Examples, ExampleSet, load_examples, load_examples_and_column, row_digests
+from fedpipe_core.dialogues import Dialogues
 from fedpipe_core.errors import ConfigError, DataError
 from fedpipe_core.seeding import random_generator
 
@@ -28,11 +29,11 @@ _reading = Lock()
 class Partition:
     """The shard of every edge by edge id, and how many rows no edge holds because none names their column value."""
 
-    shards: dict[str, Examples]
+    shards: dict[str, Examples | Dialogues]
     left_out: int
 
 
-def load_edge_examples(config: FederationConfig, edge: EdgeSpec) -> Examples:
+def load_edge_examples(config: FederationConfig, edge: EdgeSpec) -> Examples | Dialogues:
     """All rows of one edge, for training and validation together.
 
     Without `data.partition` they are the file `data.train` with {edge_id} replaced; with it, the edge's shard of that
@@ -62,20 +63,25 @@ def _read_partition(data: DataSpec, edges: tuple[EdgeSpec, ...], seed: int, vers
         raise ConfigError(
             "data.partition is missing, needed to deal data.train to the edges; name how, or use {edge_id}"
         )
-    if spec.by != "column" or spec.column is None:
+    if spec.column is None:
         return deal_examples(load_examples(data.train, data), None, spec, edges, seed)
     examples, values = load_examples_and_column(data.train, data, spec.column)
     return deal_examples(examples, values, spec, edges, seed)
 
 
 def deal_examples(
-    examples: Examples, column_values: Sequence[Any] | None, spec: PartitionSpec, edges: Sequence[EdgeSpec], seed: int
+    examples: Examples | Dialogues,
+    column_values: Sequence[Any] | None,
+    spec: PartitionSpec,
+    edges: Sequence[EdgeSpec],
+    seed: int,
 ) -> Partition:
     """Deal the rows to the edges; `column_values` are the values of `spec.column`, row by row.
 
     - `iid`: all rows at random, in shards whose sizes differ by one at most.
     - `column`: to each edge the rows whose value it names; rows whose value nobody names are left out.
-    - `dirichlet`: per label, shares drawn from Dirichlet(alpha, …, alpha) over the edges (arXiv 1905.12022).
+    - `dirichlet`: per label, or value of the column where one is named, shares drawn from Dirichlet(alpha, …, alpha)
+      over the edges (arXiv 1905.12022).
 
     A shard keeps the rows' old order. Raises ConfigError if two edges name one value, DataError if a named value is in
     no row or an edge gets no row.
@@ -84,7 +90,8 @@ def deal_examples(
     if spec.by == "column":
         dealt = _deal_by_column(column_values or [], spec, edges)
     elif spec.by == "dirichlet":
-        dealt = _deal_by_label(order, examples.labels, len(edges), spec.alpha, seed)
+        groups = examples.strata if column_values is None else [str(value) for value in column_values]
+        dealt = _deal_by_group(order, groups, len(edges), spec.alpha, seed)
     else:
         dealt = [order[k :: len(edges)] for k in range(len(edges))]
     _require_rows(dealt, spec, edges, len(examples))
@@ -92,20 +99,20 @@ def deal_examples(
     return Partition(shards, left_out=len(examples) - sum(map(len, dealt)))
 
 
-def _shuffled(examples: Examples, seed: int) -> list[int]:
+def _shuffled(examples: ExampleSet, seed: int) -> list[int]:
     digests = row_digests(examples, f"partition:{seed}")
     return sorted(range(len(examples)), key=lambda i: digests[i])
 
 
-def _deal_by_label(
-    order: Sequence[int], labels: Sequence[int], num_edges: int, alpha: float, seed: int
+def _deal_by_group(
+    order: Sequence[int], groups: Sequence[int] | Sequence[str], num_edges: int, alpha: float, seed: int
 ) -> list[list[int]]:
-    rows_of: dict[int, list[int]] = defaultdict(list)
+    rows_of: dict[int | str, list[int]] = defaultdict(list)
     for i in order:
-        rows_of[labels[i]].append(i)
+        rows_of[groups[i]].append(i)
     dealt: list[list[int]] = [[] for _ in range(num_edges)]
-    for label, rows in rows_of.items():
-        shares = random_generator(seed, "dirichlet", label).dirichlet([alpha] * num_edges)
+    for group, rows in rows_of.items():
+        shares = random_generator(seed, "dirichlet", group).dirichlet([alpha] * num_edges)
         # Cutting at rounded cumulative shares deals every row once and misses no share by more than one row.
         cuts = np.rint(np.cumsum(shares)[:-1] * len(rows)).astype(int)
         for shard, part in zip(dealt, np.split(np.array(rows), cuts), strict=True):

@@ -1,21 +1,59 @@
-"""One model's answers on one frozen evaluation set, example by example, and what they are worth.
+"""One model's answers on one frozen evaluation set, example by example, and what they are worth beyond chance.
 
 Kept with every released version, so that a later challenger is compared example by example without loading the old
-model. How two versions are compared is the gate's matter; where the file lies is the tracker's.
+model. `Predictions` are a classifier's; a language model's are `token_predictions`. How two versions are compared is
+the gate's matter; where the file lies is the tracker's.
 """
 
 import json
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpipe_core.errors import IntegrityError
 
-Metric = Literal["accuracy", "macro_f1", "loss"]
 REPLICATES = 2000
+LOWER_IS_BETTER = ("loss", "perplexity")
 _DRAWS_AT_ONCE = 2_000_000
+
+
+class Answers(Protocol):
+    """What the gate needs to know of a model's answers, whatever its task; `losses` is in nats, (examples,)."""
+
+    @property
+    def evaluation_sha256(self) -> str:
+        """Name of the evaluation set: answers are comparable only where it is equal."""
+
+    @property
+    def losses(self) -> NDArray[np.float64]:
+        """Loss of every example."""
+
+    @property
+    def correct(self) -> NDArray[np.float64]:
+        """How right every example's answer is, from 0 to 1."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what was measured, the most telling first."""
+
+    def truth(self) -> NDArray[Any]:
+        """What two models' answers to the same examples share."""
+
+    def examples_of(self, metric: str) -> int:
+        """How many examples a metric rests on."""
+
+    def metric_of_draws(self, metric: str, draws: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The metric of each row of `draws`, which holds indices of its examples; shape (rows,)."""
+
+    def to_json(self) -> str:
+        """The canonical JSON form."""
+
+
+def metric_of(answers: Answers, name: str) -> float:
+    """A metric over all its examples."""
+    return float(answers.metric_of_draws(name, np.arange(answers.examples_of(name))[None, :])[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +67,7 @@ class Predictions:
     labels: NDArray[np.int64]
     predicted: NDArray[np.int64]
     losses: NDArray[np.float64]
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "loss")
 
     def __post_init__(self) -> None:
         """Raise IntegrityError when the arrays are empty or do not describe the same examples."""
@@ -44,10 +83,24 @@ class Predictions:
         """1 where the prediction is right, else 0; shape (examples,)."""
         return np.where(self.labels == self.predicted, 1.0, 0.0)
 
-    def metric(self, name: Metric) -> float:
+    def metric(self, name: str) -> float:
         """Accuracy, macro-F1 over the labels that occur, or mean loss."""
-        everything = np.arange(self.labels.size)[None, :]
-        return float(_metric_of_draws(self, name, everything)[0])
+        return metric_of(self, name)
+
+    def truth(self) -> NDArray[np.int64]:
+        """The true labels."""
+        return self.labels
+
+    def examples_of(self, metric: str) -> int:
+        """All of them, whatever the metric."""
+        return self.labels.size
+
+    def metric_of_draws(self, metric: str, draws: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Accuracy, macro-F1 or mean loss of each row of `draws`; shape (rows,)."""
+        if metric == "macro_f1":
+            return _macro_f1(self.labels[draws], self.predicted[draws])
+        mean: NDArray[np.float64] = {"accuracy": self.correct, "loss": self.losses}[metric][draws].mean(axis=1)
+        return mean
 
     def to_json(self) -> str:
         """Return the canonical JSON form; floats survive the round trip exactly."""
@@ -91,22 +144,22 @@ class Interval:
         return f"{self.estimate:.4f} ({self.confidence:.0%} interval {self.low:.4f} to {self.high:.4f})"
 
 
-def metric_interval(predictions: Predictions, metric: Metric, confidence: float, seed: int = 0) -> Interval:
+def metric_interval(predictions: Answers, metric: str, confidence: float, seed: int = 0) -> Interval:
     """Percentile bootstrap interval of one model's metric (Efron and Tibshirani 1993, chapter 13)."""
     replicates = _replicates((predictions,), metric, seed)[0]
-    return _percentile_interval(predictions.metric(metric), replicates, confidence)
+    return _percentile_interval(metric_of(predictions, metric), replicates, confidence)
 
 
 def improvement_interval(
-    challenger: Predictions, champion: Predictions, metric: Metric, confidence: float, seed: int = 0
+    challenger: Answers, champion: Answers, metric: str, confidence: float, seed: int = 0
 ) -> Interval:
     """Paired bootstrap interval of the challenger's gain over the champion; positive is better, for loss too.
 
     Both models are scored on the same resampled examples, so what makes an example hard for both cancels.
     """
-    sign = -1.0 if metric == "loss" else 1.0
+    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
     replicates = _replicates((challenger, champion), metric, seed)
-    gain = challenger.metric(metric) - champion.metric(metric)
+    gain = metric_of(challenger, metric) - metric_of(champion, metric)
     return _percentile_interval(sign * gain, sign * (replicates[0] - replicates[1]), confidence)
 
 
@@ -116,25 +169,16 @@ def _percentile_interval(estimate: float, replicates: NDArray[np.float64], confi
     return Interval(estimate, float(low), float(high), confidence)
 
 
-def _replicates(models: tuple[Predictions, ...], metric: Metric, seed: int) -> NDArray[np.float64]:
+def _replicates(models: tuple[Answers, ...], metric: str, seed: int) -> NDArray[np.float64]:
     """Metric of every model on the same resamples; shape (models, REPLICATES)."""
     rng = np.random.default_rng(seed)
-    examples = models[0].labels.size
+    examples = models[0].examples_of(metric)
     at_once = max(1, _DRAWS_AT_ONCE // examples)  # bounds the memory, whatever the evaluation set's size
     parts = []
     for start in range(0, REPLICATES, at_once):
         draws = rng.integers(examples, size=(min(at_once, REPLICATES - start), examples))
-        parts.append(np.stack([_metric_of_draws(model, metric, draws) for model in models]))
+        parts.append(np.stack([model.metric_of_draws(metric, draws) for model in models]))
     return np.concatenate(parts, axis=1)
-
-
-def _metric_of_draws(model: Predictions, metric: Metric, draws: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Metric of each row of `draws`, which holds example indices; shape (rows,)."""
-    if metric == "macro_f1":
-        return _macro_f1(model.labels[draws], model.predicted[draws])
-    values = model.correct if metric == "accuracy" else model.losses
-    mean: NDArray[np.float64] = values[draws].mean(axis=1)
-    return mean
 
 
 def _macro_f1(labels: NDArray[np.int64], predicted: NDArray[np.int64]) -> NDArray[np.float64]:

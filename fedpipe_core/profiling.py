@@ -8,20 +8,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedpipe_core.batches import (
-    Batch,
-    TokenizedExamples,
-    longest_example_tokens,
-    pad_batch,
-    tokens_per_example,
-    training_batches,
-)
+from fedpipe_core.batches import Batch, longest_example_tokens, pad_batch, tokens_per_example, training_batches
 from fedpipe_core.config import FederationConfig, ResourcesSpec
 from fedpipe_core.errors import RunError
 from fedpipe_core.importance import score_modules
 from fedpipe_core.model import Base, device_of
 from fedpipe_core.resources import declared_step_cost, free_memory_bytes, measured_activation_cost, measured_step_cost
 from fedpipe_core.schemas import EdgeProfile, ModelShape
+from fedpipe_core.tokenizing import TokenizedExamples
 
 GIB = 2**30
 MOST_PROBED = 16  # examples; on a CPU a token costs more once tensors exceed a MiB, which a smaller batch would hide
@@ -34,6 +28,15 @@ class EdgeData:
     train: TokenizedExamples
     validation: TokenizedExamples
     fingerprint: str
+
+    @property
+    def shortened(self) -> str:
+        """What did not fit, in words; empty where everything did."""
+        rows = len(self.train) + len(self.validation)
+        cut, dropped = self.train.cut + self.validation.cut, self.train.dropped + self.validation.dropped
+        said = [f"{cut} of {rows} prompts lost their start"] if cut else []
+        said += [f"{dropped} rows are left out because their answer does not fit"] if dropped else []
+        return ", ".join(said)
 
 
 def profile_edge(

@@ -15,7 +15,7 @@ from torch import nn
 
 from fedpipe_core.adapters import Adapter
 from fedpipe_core.architecture import block_prefixes, linear_size
-from fedpipe_core.export import EXPORT_SCHEMES, ExportScheme, TunedModel
+from fedpipe_core.export import EXPORT_SCHEMES, ExportScheme, TunedModel, write_tokenizer
 from fedpipe_core.model import bitsandbytes_config, keep_weights_in_place, quiet_transformers
 
 
@@ -38,7 +38,7 @@ def _quantized(bits: int) -> Callable[[TunedModel, Path], None]:
             model = _from_folder(tuned, Path(dense), **options)
             keep_weights_in_place(model)  # what a forward pass repacks would be saved wrongly
             model.save_pretrained(folder)
-        tuned.base.tokenizer.save_pretrained(folder)
+        write_tokenizer(tuned, folder)
 
     return write
 

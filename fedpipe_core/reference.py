@@ -32,6 +32,7 @@ EXAMPLES: dict[str, Any] = {
     "data.labels": 150,
     "data.partition.by": "column",
     "data.partition.column": "domain",
+    "evaluation.generate.max_new_tokens": 64,
     "edges.0.edge_id": "bank",
     "edges.0.values": ["banking", "credit_cards"],
     "edges.0.resources.memory_gib": 2.0,

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from fedpipe_core.adapters import initial_adapter, split_for_edge
 from fedpipe_core.batches import Batch
 from fedpipe_core.edge_model import build_edge_model, load_adapter, move_batch, own_head
+from fedpipe_core.losses import training_loss
 from fedpipe_core.model import adaptable_modules, device_of, head_parameters, share
 from fedpipe_core.schemas import ActivationCost, ModelShape, StepCost
-from fedpipe_core.training import classification_loss
 
 Clock = Callable[[], float]
 CGROUP = Path("/sys/fs/cgroup")
@@ -136,7 +136,7 @@ def saved_tensor_bytes(forward: Callable[[], Any], ignored: Iterable[Tensor] = (
 
 def _saved_bytes(model: nn.Module, batch: Batch) -> tuple[int, int, set[int]]:
     moved = move_batch(batch, model)
-    size, kept = saved_tensor_bytes(lambda: classification_loss(model, moved), model.parameters())
+    size, kept = saved_tensor_bytes(lambda: training_loss(model, moved), model.parameters())
     return batch["input_ids"].numel(), size, kept
 
 
@@ -162,7 +162,7 @@ def _reached_to_the_first_block(base: nn.Module) -> nn.Module:
 
 
 def _plain_step(base: nn.Module) -> Callable[[Mapping[str, Tensor]], None]:
-    """One optimizer step of a throw-away instance that trains its head alone."""
+    """One step of a throw-away instance that trains its head alone, or nothing where it has none."""
     model = _reached_to_the_first_block(base)
     return _step(model, head_parameters(model).values())
 
@@ -178,10 +178,11 @@ def _adapted_step(base: nn.Module, rank: int) -> Callable[[Mapping[str, Tensor]]
 
 
 def _step(model: nn.Module, trained: Iterable[nn.Parameter]) -> Callable[[Mapping[str, Tensor]], None]:
-    optimizer = torch.optim.AdamW(list(trained), lr=1e-5)
+    # An unused parameter makes the step of a model without a head the same call.
+    optimizer = torch.optim.AdamW([*trained, nn.Parameter(torch.zeros(1))], lr=1e-5)
 
     def step(batch: Mapping[str, Tensor]) -> None:
-        classification_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        training_loss(model, batch).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedpipe_core.config import TrainingSpec
 from fedpipe_core.edge_model import EdgeModel, move_batch
 from fedpipe_core.errors import UpdateRefusedError
+from fedpipe_core.losses import training_loss
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def train(edge: EdgeModel, batches: Iterator[Mapping[str, Tensor]], spec: Traini
     losses: list[float] = []
     started, examples = time.perf_counter(), 0
     for step, batch in enumerate(batches, start=1):
-        loss = classification_loss(edge.model, move_batch(batch, edge.model))
+        loss = training_loss(edge.model, move_batch(batch, edge.model))
         losses.append(_finite("loss", loss, step))
         loss.backward()  # type: ignore[no-untyped-call]
         _finite("gradient norm", nn.utils.clip_grad_norm_(parameters, spec.max_gradient_norm), step)
@@ -53,13 +53,6 @@ def train(edge: EdgeModel, batches: Iterator[Mapping[str, Tensor]], spec: Traini
         optimizer.zero_grad(set_to_none=True)
         examples += len(batch["labels"])
     return TrainingReport(len(losses), examples, sum(losses) / len(losses), time.perf_counter() - started)
-
-
-def classification_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean cross-entropy in nats, computed in float32 whatever the base's dtype."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs).logits
-    return functional.cross_entropy(logits.float(), batch["labels"])
 
 
 def _optimizer(edge: EdgeModel, spec: TrainingSpec, rate: float) -> torch.optim.AdamW:

@@ -18,7 +18,7 @@ from prefect.cache_policies import NO_CACHE
 
 from fedpipe_core import aggregation_rules
 from fedpipe_core.adapters import Adapter
-from fedpipe_core.batches import Batch, pad_batch, tokenize, training_batches
+from fedpipe_core.batches import Batch, pad_batch, training_batches
 from fedpipe_core.config import EdgeSpec, FederationConfig, ModelSpec
 from fedpipe_core.data import fingerprint, split_validation
 from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter, read_adapter, with_frozen_right_factors
@@ -38,6 +38,7 @@ from fedpipe_core.schemas import (
     UpdateRecord,
 )
 from fedpipe_core.seeding import derive_seed
+from fedpipe_core.tokenizing import tokenize
 from fedpipe_core.training import TrainingReport, rate_factor, train
 from fedpipe_core.wire import decode_adapter, encode_adapter
 from fedpipe_core.wire_updates import encode_update
@@ -52,7 +53,7 @@ EdgeStart = tuple[Adapter, dict[str, LowRank]]
 
 
 @functools.lru_cache(maxsize=4)
-def _loaded_base(spec: ModelSpec, labels: int, bits: int, seed: int) -> Base:
+def _loaded_base(spec: ModelSpec, labels: int | None, bits: int, seed: int) -> Base:
     return load_base(spec, labels, bits, seed)
 
 
@@ -131,12 +132,15 @@ class EdgeSession:
         examples = load_edge_examples(self.config, self.edge)
         salt = f"{self.config.name}/{self.edge_id}"
         training, validation = split_validation(examples, self.config.data.validation_fraction, self.config.seed)
-        tokenizer, longest = self.profile_base.tokenizer, self.config.model.max_tokens
-        return EdgeData(
-            train=tokenize(training, tokenizer, longest),
-            validation=tokenize(validation, tokenizer, longest),
+        base, longest = self.profile_base, self.config.model.max_tokens
+        found = EdgeData(
+            train=tokenize(training, base.tokenizer, longest, base.vocabulary),
+            validation=tokenize(validation, base.tokenizer, longest, base.vocabulary),
             fingerprint=fingerprint(examples, salt),
         )
+        if shortened := found.shortened:
+            progress.note(f"{self.edge_id}: {shortened} at model.max_tokens {longest}")
+        return found
 
     @property
     def profile_base(self) -> Base:

@@ -18,15 +18,15 @@ from prefect.cache_policies import NO_CACHE
 from torch import nn
 
 from fedpipe_core.adapters import initial_adapter
-from fedpipe_core.batches import TokenizedExamples, tokenize
 from fedpipe_core.config import FederationConfig
-from fedpipe_core.data import label_names, load_examples, load_examples_and_column
-from fedpipe_core.errors import ConfigError, PlanError, QuorumError
-from fedpipe_core.evaluation import predict
+from fedpipe_core.data import Examples, label_names, load_examples, load_examples_and_column
+from fedpipe_core.dialogues import Dialogues
+from fedpipe_core.errors import ConfigError, DataError, PlanError, QuorumError
+from fedpipe_core.evaluation import WritingTask, predict
 from fedpipe_core.export import merge
 from fedpipe_core.model import Base, head_parameters, model_shape
 from fedpipe_core.planning import plan_federation
-from fedpipe_core.predictions import Predictions
+from fedpipe_core.predictions import Answers
 from fedpipe_core.schemas import (
     EdgeProfile,
     FederationPlan,
@@ -37,6 +37,7 @@ from fedpipe_core.schemas import (
     UpdateRecord,
 )
 from fedpipe_core.seeding import random_generator
+from fedpipe_core.tokenizing import TokenizedExamples, tokenize, tokenize_prompts
 from fedpipe_core.wire import encode_adapter
 from tasks import progress
 from tasks.aggregation import Combination, StoredRun, combine_updates, update_record, wire_dtype
@@ -66,10 +67,30 @@ class Coordinator:
         return model_shape(self.base.model, self.config.data.labels)
 
     @functools.cached_property
+    def _examples(self) -> Examples | Dialogues:
+        return load_examples(self.config.data.test, self.config.data)
+
+    @functools.cached_property
     def held_out(self) -> TokenizedExamples:
-        """The held-out set."""
-        examples = load_examples(self.config.data.test, self.config.data)
-        return tokenize(examples, self.base.tokenizer, self.config.model.max_tokens)
+        """The held-out set. Raises DataError when a row's answer does not fit: all versions are judged on all rows."""
+        base, longest = self.base, self.config.model.max_tokens
+        found = tokenize(self._examples, base.tokenizer, longest, base.vocabulary)
+        if found.dropped:
+            raise DataError(
+                f"{found.dropped} rows of {self.config.data.test} have an answer that does not fit into "
+                f"model.max_tokens (now {longest}); raise it, or take these rows out"
+            )
+        return found
+
+    @functools.cached_property
+    def writing(self) -> WritingTask | None:
+        """The prompts that a judged model continues, where the config asks for it."""
+        spec, examples = self.config.evaluation.generate, self._examples
+        if spec is None or not isinstance(examples, Dialogues):
+            return None
+        chosen = examples.select(_drawn("generation", len(examples), spec.examples, self.config.seed))
+        prompts = tokenize_prompts(chosen, self.base.tokenizer, self.config.model.max_tokens)
+        return WritingTask(prompts, spec, self.base.tokenizer)
 
     @functools.cached_property
     def label_names(self) -> list[str] | None:
@@ -85,10 +106,14 @@ class Coordinator:
         _, values = load_examples_and_column(self.config.data.test, self.config.data, column)
         return [str(value) for value in values]
 
-    def judge(self, model: nn.Module, examples: TokenizedExamples | None = None) -> Predictions:
-        """A model's answers on the held-out set, or on the given part of it, with all of the machine's cores."""
+    def judge(self, model: nn.Module, examples: TokenizedExamples | None = None) -> Answers:
+        """A model's answers on the held-out set, or on the given part of it, with all of the machine's cores.
+
+        Text is written only where the whole set is judged.
+        """
         cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-        return predict(model, examples or self.held_out, self.config.evaluation.batch_size, cores)
+        writing = self.writing if examples is None else None
+        return predict(model, examples or self.held_out, self.config.evaluation.batch_size, cores, writing)
 
 
 def open_federation(config: FederationConfig, store: ObjectStore, keys: RunKeys, resume: bool) -> FederationRecord:
@@ -200,10 +225,10 @@ def aggregate_round(coordinator: Coordinator, federation_plan: FederationPlan, r
 
 
 @task(task_run_name="round {round_index} evaluate", cache_policy=NO_CACHE)
-def evaluate(coordinator: Coordinator, round_index: int, whole: bool) -> Predictions:
+def evaluate(coordinator: Coordinator, round_index: int, whole: bool) -> Answers:
     """Judge what `round_index` starts from on the held-out set, or on the configured share of it."""
     _, adapter = read_global(coordinator.store, coordinator.keys, round_index)
-    share = coordinator.held_out if whole else _share(coordinator.held_out, coordinator.config)
+    share = None if whole else _share(coordinator.held_out, coordinator.config)
     with progress.working("coordinator", "evaluate"):
         model = merge(coordinator.base.model, adapter)  # what would be released now
         return coordinator.judge(model, share)
@@ -297,11 +322,11 @@ def _require_quorum(config: FederationConfig, round_index: int, counted: int, dr
 
 
 def _share(held_out: TokenizedExamples, config: FederationConfig) -> TokenizedExamples:
-    wanted = config.evaluation.examples_per_round
-    if wanted is None or wanted >= len(held_out):
-        return held_out
-    chosen = random_generator("evaluation", config.seed).permutation(len(held_out))[:wanted]
-    rows = sorted(chosen.tolist())
-    return TokenizedExamples(
-        [held_out.token_ids[row] for row in rows], [held_out.labels[row] for row in rows], held_out.pad_token_id
-    )
+    return held_out.select(_drawn("evaluation", len(held_out), config.evaluation.examples_per_round, config.seed))
+
+
+def _drawn(purpose: str, rows: int, wanted: int | None, seed: int) -> list[int]:
+    """Indices of `wanted` rows drawn by seed, or of all, in rising order."""
+    if wanted is None or wanted >= rows:
+        return list(range(rows))
+    return sorted(random_generator(purpose, seed).permutation(rows)[:wanted].tolist())

@@ -10,17 +10,18 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from fedpipe_core.dialogues import chat_template
 from fedpipe_core.errors import ReleaseError
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.export import TunedModel, folder_sha256
 from fedpipe_core.gate import Check, Decision, decide, loss_check
 from fedpipe_core.model_card import CardFacts, license_of, render_card
-from fedpipe_core.predictions import Predictions, metric_interval
+from fedpipe_core.predictions import Answers, metric_interval
 from fedpipe_core.report import render_page
 from fedpipe_core.schemas import (
     CheckReport,
@@ -31,6 +32,7 @@ from fedpipe_core.schemas import (
     ReleaseReport,
     RoundRecord,
 )
+from fedpipe_core.token_predictions import read_answers
 from tasks import progress, registry, tracking
 from tasks.edge import read_global
 from tasks.export_judge import SCHEMES, ExportJudge, Verdict
@@ -43,7 +45,6 @@ from tasks.report import read_facts
 from tasks.tracking import TrackedRun
 
 REGISTERED = "merged"  # the export that becomes the version
-METRICS: tuple[Literal["accuracy", "macro_f1", "loss"], ...] = ("accuracy", "macro_f1", "loss")
 
 
 class Release:
@@ -56,7 +57,7 @@ class Release:
         self.coordinator, self.tracked, self.baseline = coordinator, tracked, baseline
         self.written = TemporaryDirectory(prefix="fedpipe-release-")
         self._open = ExitStack()
-        self.predictions: dict[str, Predictions] = {}
+        self.predictions: dict[str, Answers] = {}
 
     def __enter__(self) -> Self:
         """Start the process that judges exports, so that it imports while the first is written."""
@@ -106,7 +107,8 @@ class Release:
         """The base and the adapter after the last round."""
         coordinator = self.coordinator
         _, adapter = read_global(coordinator.store, coordinator.keys, coordinator.config.rounds + 1)
-        return TunedModel(coordinator.base, adapter, coordinator.config.release.dtype, coordinator.label_names)
+        config, template = coordinator.config, chat_template(coordinator.config.data)
+        return TunedModel(coordinator.base, adapter, config.release.dtype, coordinator.label_names, template)
 
 
 @task(task_run_name="export {scheme}", cache_policy=NO_CACHE)
@@ -149,7 +151,7 @@ def _loss_verdict(release: Release, scheme: str, verdict: Verdict) -> tuple[Chec
         limit = release.coordinator.config.release.max_loss_increase
         reason = f"export {scheme} could not be used after reloading it: {verdict.error}"
         return Check(f"loss of {scheme}", math.inf, limit, False, reason), {}
-    predictions = Predictions.from_json(verdict.answers)
+    predictions = read_answers(verdict.answers)
     release.predictions[scheme] = predictions
     metrics = metrics_of(predictions)
     check = loss_check(scheme, metrics["loss"], release.unquantized_loss, release.coordinator.config.release)
@@ -234,7 +236,7 @@ def _gate(release: Release, challenger: ModelVersion, champion: ModelVersion | N
     )
 
 
-def _answers(release: Release, version: ModelVersion) -> Predictions:
+def _answers(release: Release, version: ModelVersion) -> Answers:
     """A version's answers on the held-out set: kept with it, or else made again from its model."""
     mine = release.predictions[REGISTERED]
     if version.adapter_sha256 == release.adapter_sha256:
@@ -243,7 +245,7 @@ def _answers(release: Release, version: ModelVersion) -> Predictions:
     return kept or _evaluate_version(release, version)
 
 
-def _evaluate_version(release: Release, version: ModelVersion) -> Predictions:
+def _evaluate_version(release: Release, version: ModelVersion) -> Answers:
     coordinator = release.coordinator
     with TemporaryDirectory() as folder:
         files = registry.fetch_model(version, Path(folder))
@@ -275,6 +277,7 @@ def _card(release: Release, exports: list[ExportRecord]) -> str:
     return render_card(
         CardFacts(
             model_name=release.name,
+            task=config.model.task,
             base=config.model.base,
             base_license=license_of(coordinator.base.folder),
             federation=needed_record(coordinator.store, keys.federation, FederationRecord),
@@ -284,7 +287,7 @@ def _card(release: Release, exports: list[ExportRecord]) -> str:
             adapter_sha256=release.adapter_sha256,
             evaluation_sha256=answers.evaluation_sha256,
             baseline=release.baseline,
-            metrics={name: metric_interval(answers, name, confidence, config.seed) for name in METRICS},
+            metrics={name: metric_interval(answers, name, confidence, config.seed) for name in answers.metrics},
             exports=exports,
         )
     )

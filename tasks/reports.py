@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIB = 2**20
+_SHARES = ("accuracy", "macro_f1", "token_accuracy")  # metrics from 0 to 1 that every round has
 
 
 @dataclass(frozen=True)
@@ -191,8 +192,9 @@ def _curves(rounds: Sequence[RoundRecord]) -> "Figure":
     figure = _figure(8, 3.2)
     quality, loss = figure.subplots(1, 2)
     steps = [record.round for record in rounds]
-    for name in ("accuracy", "macro_f1"):
-        quality.plot(steps, [record.metrics[name] for record in rounds], marker="o", label=name)
+    for name in _SHARES:
+        if name in rounds[0].metrics:
+            quality.plot(steps, [record.metrics[name] for record in rounds], marker="o", label=name)
     quality.set(xlabel="round", title="held-out set", xticks=steps)
     quality.legend()
     for edge_id in sorted({edge_id for record in rounds for edge_id in record.train_loss}):

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedpipe_core.config import TrackingSpec
 from fedpipe_core.errors import IntegrityError, ReleaseError, TrackingError
-from fedpipe_core.predictions import Predictions
+from fedpipe_core.predictions import Answers
+from fedpipe_core.token_predictions import read_answers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +33,7 @@ RUN_TAG = "fedpipe.run"
 STORE_TAG = "fedpipe.store"
 EDGE_TAG = "fedpipe.edge"
 _SQLITE = "sqlite:///"
-_SERVING_CODE = Path(__file__).with_name("serving_model.py")
+_CLASSIFIER_CODE, _GENERATOR_CODE = (Path(__file__).with_name(f"serving_{kind}.py") for kind in ("model", "generator"))
 _SERVING_PACKAGES = ("mlflow", "torch", "transformers", "safetensors")
 _PARAMS_PER_CALL = 100  # MLflow's limit of one batch
 _SETTINGS = {
@@ -150,12 +151,12 @@ def close_run(run: TrackedRun, status: Literal["FINISHED", "FAILED", "KILLED"]) 
             connect(run.uri).set_terminated(run_id, status)
 
 
-def save_predictions(run: TrackedRun, predictions: Predictions) -> None:
+def save_predictions(run: TrackedRun, predictions: Answers) -> None:
     """Keep the released model's answers, under the hash of the evaluation set they belong to."""
     log_text(run, predictions.to_json(), _predictions_path(predictions.evaluation_sha256))
 
 
-def load_predictions(uri: str, run_id: str, evaluation_sha256: str) -> Predictions | None:
+def load_predictions(uri: str, run_id: str, evaluation_sha256: str) -> Answers | None:
     """Return the answers kept in a run for this evaluation set; with None the model has to be evaluated on it.
 
     Raises IntegrityError when what was kept belongs to another evaluation set or cannot be read.
@@ -166,7 +167,7 @@ def load_predictions(uri: str, run_id: str, evaluation_sha256: str) -> Predictio
         if path not in {kept.path for kept in client.list_artifacts(run_id, str(Path(path).parent))}:
             return None
         text = Path(client.download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")
-    predictions = Predictions.from_json(text)
+    predictions = read_answers(text)
     if predictions.evaluation_sha256 != evaluation_sha256:
         raise IntegrityError(
             f"predictions kept as {path} belong to evaluation set {predictions.evaluation_sha256}; "
@@ -187,7 +188,7 @@ class LoggedModel:
 
 
 def log_model(run: TrackedRun, name: str, model_folder: Path, card: str) -> LoggedModel:
-    """Log a merged classifier as a python-function model that needs no code of ours.
+    """Log a merged model as a python-function model that needs no code of ours.
 
     The serving code travels as text; requirements are the installed versions of what it imports; the card is README.md.
     Raises ReleaseError when the folder holds no model.
@@ -325,23 +326,36 @@ def _predictions_path(evaluation_sha256: str) -> str:
 
 
 def _write_model_files(files: Path, model_folder: Path, logged: Any, run_id: str) -> None:
-    from mlflow.models import Model, ModelSignature
+    from mlflow.models import Model
     from mlflow.pyfunc import save_model
-    from mlflow.types import ColSpec, Schema
 
-    outputs = [ColSpec("long", "label"), ColSpec("string", "label_name"), ColSpec("double", "score")]
+    architectures = json.loads((model_folder / "config.json").read_text(encoding="utf-8")).get("architectures", [])
+    classifies = any(str(name).endswith("ForSequenceClassification") for name in architectures)
     save_model(
         files,
         mlflow_model=Model(
             artifact_path=logged.artifact_location, model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id
         ),
-        python_model=str(_SERVING_CODE),
+        python_model=str(_CLASSIFIER_CODE if classifies else _GENERATOR_CODE),
         artifacts={"model": str(model_folder)},
-        # An unnamed column takes a list of texts and a table with one column; a named one refuses the list.
-        signature=ModelSignature(inputs=Schema([ColSpec("string")]), outputs=Schema(outputs)),
+        signature=_signature(classifies),
         input_example=["where is my parcel", "set a timer for ten minutes"],
         pip_requirements=serving_requirements(),
     )
+
+
+def _signature(classifies: bool) -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    inputs = Schema(
+        [ColSpec("string")]
+    )  # takes a list of texts and a table with one column; named, it refuses the list
+    if classifies:
+        outputs = [ColSpec("long", "label"), ColSpec("string", "label_name"), ColSpec("double", "score")]
+        return ModelSignature(inputs=inputs, outputs=Schema(outputs))
+    longest = ParamSchema([ParamSpec("max_new_tokens", "integer", 128)])
+    return ModelSignature(inputs=inputs, outputs=Schema([ColSpec("string", "text")]), params=longest)
 
 
 def _upload_model(client: Any, model_id: str, files: Path) -> None:

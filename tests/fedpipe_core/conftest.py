@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import LABELS, save_tiny_model
+from tiny_models import LABELS, save_tiny_model, save_tiny_writer
 
 from fedpipe_core.config import ModelSpec
 from fedpipe_core.model import Base, load_base
@@ -29,5 +29,20 @@ def tiny_base(tiny_folder: Callable[[str], Path]) -> Callable[..., Base]:
     @functools.cache
     def base(architecture: str, bits: int = 32) -> Base:
         return load_base(ModelSpec(base=str(tiny_folder(architecture))), LABELS, bits, seed=0)
+
+    return base
+
+
+@pytest.fixture(scope="session")
+def tiny_writer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Base]:
+    """A tiny causal language model in memory, by architecture and bits; tests must leave it as it was."""
+
+    @functools.cache
+    def folder(architecture: str) -> Path:
+        return save_tiny_writer(tmp_path_factory.mktemp(architecture), architecture)
+
+    @functools.cache
+    def base(architecture: str, bits: int = 32) -> Base:
+        return load_base(ModelSpec(base=str(folder(architecture)), task="causal-lm"), None, bits, seed=0)
 
     return base

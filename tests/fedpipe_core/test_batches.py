@@ -11,16 +11,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fedpipe_core.batches import (
-    TokenizedExamples,
     evaluation_batches,
     longest_example_tokens,
     pad_batch,
-    tokenize,
     tokens_per_example,
     training_batches,
 )
 from fedpipe_core.data import Examples
 from fedpipe_core.errors import DataError, ModelError
+from fedpipe_core.tokenizing import TokenizedExamples, tokenize
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "turn", "on", "the", "light", "off"]
 

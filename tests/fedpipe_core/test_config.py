@@ -89,3 +89,39 @@ def test_every_plain_field_is_described() -> None:
         and not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
     ]
     assert undescribed == []
+
+
+WRITER = {
+    "model": {"base": "model", "task": "causal-lm"},
+    "data": {"train": "{edge_id}.csv", "test": "test.csv", "format": "completion"},
+}
+
+
+def test_smallest_config_of_a_language_model_is_accepted() -> None:
+    config = parse_config(document(**WRITER))
+    assert (config.data.labels, config.evaluation.generate, config.release.metric) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": WRITER["model"]}, "data.format is label, but model.task causal-lm reads rows of format completion"),
+        ({"data": WRITER["data"]}, "data.format is completion, but .* reads rows of format label; data.labels"),
+        (
+            {"release": {"metric": "bleu"}},
+            "release.metric is bleu, which is not measured: accuracy, macro_f1, loss are",
+        ),
+        ({**WRITER, "release": {"metric": "accuracy"}}, "not measured: loss, perplexity, token_accuracy are"),
+        ({**WRITER, "release": {"metric": "bleu"}}, "not measured: loss, perplexity, token_accuracy are"),
+        ({**WRITER, "evaluation": {"generate": {"answer_pattern": "("}}}, "answer_pattern: '\\(' is no regular expr"),
+    ],
+)
+def test_task_data_and_metric_must_fit_together(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_config(document(**changes))
+
+
+def test_text_that_is_written_may_decide_promotion() -> None:
+    evaluation = {"generate": {"metrics": ["bleu"]}}
+    config = parse_config(document(**WRITER, evaluation=evaluation, release={"metric": "bleu"}))
+    assert config.release.metric == "bleu"

@@ -26,9 +26,10 @@ from fedpipe_core.edge_model import (
     with_frozen_right_factors,
 )
 from fedpipe_core.evaluation import predict
+from fedpipe_core.losses import training_loss
 from fedpipe_core.low_rank import LowRank
 from fedpipe_core.model import share
-from fedpipe_core.training import classification_loss, train
+from fedpipe_core.training import train
 
 BATCH = pad_batch(tiny_examples(6), range(6))
 
@@ -40,7 +41,7 @@ def logits(edge: EdgeModel) -> torch.Tensor:
 
 def gradients(edge: EdgeModel) -> list[torch.Tensor]:
     edge.model.zero_grad()
-    classification_loss(edge.model, BATCH).backward()
+    training_loss(edge.model, BATCH).backward()
     return [parameter.grad.clone() for parameter in (*edge.adapter_parameters(), *edge.head_parameters())]
 
 

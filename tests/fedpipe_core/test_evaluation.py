@@ -4,8 +4,9 @@ import torch
 from tiny_models import tiny_examples
 from torch.nn import functional
 
-from fedpipe_core.batches import TokenizedExamples, pad_batch
+from fedpipe_core.batches import pad_batch
 from fedpipe_core.evaluation import evaluation_sha256, metrics_of, predict
+from fedpipe_core.tokenizing import TokenizedExamples
 
 ROWS = tiny_examples(23)
 

@@ -4,13 +4,14 @@ from tiny_models import tiny_examples
 from torch import nn
 
 from fedpipe_core.architecture import adaptable_modules, head_parameters
-from fedpipe_core.batches import TokenizedExamples, training_batches
+from fedpipe_core.batches import training_batches
 from fedpipe_core.config import PlanningSpec
 from fedpipe_core.edge_model import own_head
 from fedpipe_core.errors import RunError
 from fedpipe_core.importance import IMPORTANCE_METHODS, PROBE_HEAD_RATE, Scores, score_modules
+from fedpipe_core.losses import training_loss
 from fedpipe_core.model import share
-from fedpipe_core.training import classification_loss
+from fedpipe_core.tokenizing import TokenizedExamples
 
 ROWS = tiny_examples(64)
 LEARNED = ["adalora", "gradient_spectrum"]
@@ -102,7 +103,7 @@ def accumulated_gradients(base: nn.Module, steps: int) -> dict[str, torch.Tensor
     head = list(head_parameters(model).values())
     optimizer = torch.optim.AdamW(head, lr=PROBE_HEAD_RATE, weight_decay=0.0)
     for batch in training_batches(ROWS, 8, steps, ["profile", 0]):
-        classification_loss(model, batch).backward()
+        training_loss(model, batch).backward()
         for name in names:
             module = model.get_submodule(name)
             gradient = module.weight.grad if isinstance(module, nn.Linear) else module.weight.grad.T

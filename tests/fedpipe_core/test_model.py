@@ -8,11 +8,12 @@ from tiny_models import ARCHITECTURES, DECODERS, LABELS, VOCABULARY, save_tiny_m
 from torch import nn
 
 from fedpipe_core.architecture import adaptable_modules, head_parameters
-from fedpipe_core.batches import TokenizedExamples, pad_batch
+from fedpipe_core.batches import pad_batch
 from fedpipe_core.config import ModelSpec
 from fedpipe_core.errors import ModelError
 from fedpipe_core.evaluation import predict
 from fedpipe_core.model import Base, load_base, share
+from fedpipe_core.tokenizing import TokenizedExamples
 
 
 def load(folder, bits: int = 32, labels: int = LABELS, seed: int = 0) -> Base:

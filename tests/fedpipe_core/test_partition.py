@@ -216,3 +216,12 @@ def test_load_partition_says_which_column_is_missing(tmp_path):
     )
     with pytest.raises(DataError, match=r"no column 'domain'.*did you mean 'domian'"):
         load_partition(config)
+
+
+def test_dirichlet_deals_the_values_of_a_named_column_where_labels_say_nothing():
+    examples, values = examples_of([0] * 400), [f"kind {i % 2}" for i in range(400)]
+    spec = PartitionSpec(by="dirichlet", alpha=0.1, column="kind")
+    shards = deal_examples(examples, values, spec, edges("a", "b"), seed=3).shards
+    kinds = Counter(values[int(text.removeprefix("text "))] for text in shards["a"].texts)
+    assert sum(map(len, shards.values())) == 400
+    assert max(kinds.values()) > 2 * (min(kinds.values()) if len(kinds) == 2 else 1)

@@ -4,13 +4,14 @@ import pytest
 from tiny_models import LABELS, tiny_examples
 
 from fedpipe_core.architecture import adaptable_modules, model_shape
-from fedpipe_core.batches import TokenizedExamples, longest_example_tokens, tokens_per_example
+from fedpipe_core.batches import longest_example_tokens, tokens_per_example
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.config_file import parse_config
 from fedpipe_core.errors import DataError, RunError
 from fedpipe_core.model import Base
 from fedpipe_core.profiling import EdgeData, probe_sizes, profile_edge
 from fedpipe_core.schemas import EdgeProfile
+from fedpipe_core.tokenizing import TokenizedExamples
 
 DECLARED = {"memory_gib": 2, "tokens_per_second": 400, "bandwidth_mbit": 80}
 DATA = EdgeData(train=tiny_examples(40), validation=tiny_examples(5, seed=1), fingerprint="f" * 64)

@@ -9,6 +9,7 @@ from torch.nn import functional
 from fedpipe_core.architecture import adaptable_modules, model_shape
 from fedpipe_core.batches import Batch, pad_batch
 from fedpipe_core.edge_model import own_head
+from fedpipe_core.losses import training_loss
 from fedpipe_core.model import share
 from fedpipe_core.resources import (
     container_free_bytes,
@@ -18,7 +19,6 @@ from fedpipe_core.resources import (
     measured_step_cost,
     saved_tensor_bytes,
 )
-from fedpipe_core.training import classification_loss
 
 FLOAT = 4
 
@@ -43,7 +43,7 @@ def kept_bytes(base: nn.Module, batch: Batch, adapted: list[str]) -> int:
         module.register_forward_hook(
             lambda _, inputs, output, change=change: output + functional.linear(inputs[0], change).mul(0.0)
         )
-    return saved_tensor_bytes(lambda: classification_loss(model, batch), model.parameters())[0]
+    return saved_tensor_bytes(lambda: training_loss(model, batch), model.parameters())[0]
 
 
 def test_saved_bytes_of_a_small_network_are_what_one_counts_by_hand():

@@ -11,7 +11,8 @@ from fedpipe_core.batches import pad_batch, training_batches
 from fedpipe_core.config import TrainingSpec
 from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter, read_adapter
 from fedpipe_core.errors import UpdateRefusedError
-from fedpipe_core.training import TrainingReport, classification_loss, rate_factor, train
+from fedpipe_core.losses import training_loss
+from fedpipe_core.training import TrainingReport, rate_factor, train
 
 ROWS = tiny_examples(64)
 SPEC = TrainingSpec(learning_rate=5e-3, warmup_steps=2)
@@ -106,7 +107,7 @@ def test_the_report_counts_steps_examples_and_the_mean_loss(tiny_base):
     base = tiny_base("bert").model
     still = TrainingSpec(learning_rate=1e-30)
     report = train_some(first_round(base), steps=5, spec=still)
-    losses = [float(classification_loss(base, batch)) for batch in training_batches(ROWS, 8, 5, [0])]
+    losses = [float(training_loss(base, batch)) for batch in training_batches(ROWS, 8, 5, [0])]
     assert (report.steps, report.examples_processed) == (5, 40)
     assert report.loss == pytest.approx(sum(losses) / 5, rel=1e-5)
     assert report.seconds > 0
@@ -153,6 +154,6 @@ def test_the_loss_is_mean_cross_entropy_in_float32(tiny_base, bits):
     batch = pad_batch(ROWS, range(5))
     with torch.no_grad():
         logits = base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss = classification_loss(base, batch)
+        loss = training_loss(base, batch)
     assert loss.dtype == torch.float32
     assert loss == functional.cross_entropy(logits.float(), batch["labels"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from tiny_models import LABELS, WORDS, save_tiny_model
+from tiny_models import LABELS, WORDS, save_tiny_model, save_tiny_writer
 
 EDGES = ("east", "north", "west")
 ROUNDS = 2
@@ -24,6 +24,30 @@ def write_federation(folder: Path, **changes: Any) -> Path:
         write_rows(folder / f"{edge_id}.jsonl", rows(60, seed=number + 1))
     write_rows(folder / "test.jsonl", rows(120, seed=0))
     return write_config(folder, **changes)
+
+
+def write_writers_federation(folder: Path, **changes: Any) -> Path:
+    """Like `write_federation`, with a causal language model that learns what to say to the words of each share."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tiny_writer(folder / "model")
+    for number, edge_id in enumerate(EDGES):
+        write_rows(folder / f"{edge_id}.jsonl", prompts(60, seed=number + 1))
+    write_rows(folder / "test.jsonl", prompts(60, seed=0))
+    task = {
+        "model.task": "causal-lm",
+        "data": {"train": "{edge_id}.jsonl", "test": "test.jsonl", "format": "completion"},
+        "evaluation.generate": {"metrics": ["bleu", "exact_match"], "max_new_tokens": 6, "examples": 20},
+    }
+    return write_config(folder, **(task | changes))
+
+
+def prompts(count: int, seed: int) -> list[dict[str, Any]]:
+    """Prompts whose words come from one share of the vocabulary, to which the answer is always the same four words."""
+    share = len(WORDS) // LABELS
+    return [
+        {"prompt": row["text"], "completion": " ".join(WORDS[row["label"] * share :][:4]), "name": row["name"]}
+        for row in rows(count, seed)
+    ]
 
 
 def write_config(folder: Path, **changes: Any) -> Path:

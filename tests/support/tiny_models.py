@@ -10,17 +10,19 @@ from transformers import (
     BertConfig,
     DistilBertConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     RobertaConfig,
     set_seed,
 )
-from transformers.models.auto import AutoModelForSequenceClassification
+from transformers.models.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedpipe_core.adapters import Adapter
 from fedpipe_core.architecture import adaptable_modules, head_parameters
-from fedpipe_core.batches import TokenizedExamples
 from fedpipe_core.low_rank import LowRank
+from fedpipe_core.tokenizing import IGNORED, TokenizedExamples
 
 WORDS = [f"word{index}" for index in range(60)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<eos>"]
@@ -42,10 +44,22 @@ CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(
         **_COMMON, **_LAYERS, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=4, eos_token_id=4
     ),
+    "gpt_neox": lambda: GPTNeoXConfig(
+        **_COMMON, **_LAYERS, max_position_embeddings=64, bos_token_id=4, eos_token_id=4, tie_word_embeddings=False
+    ),
+    "phi3": lambda: Phi3Config(
+        **_COMMON, **_LAYERS, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=4
+    ),
+    "tied": lambda: LlamaConfig(
+        **_COMMON, **_LAYERS, max_position_embeddings=64, bos_token_id=4, eos_token_id=4, tie_word_embeddings=True
+    ),
 }
 ENCODERS = ["bert", "distilbert", "roberta"]
 DECODERS = ["gpt2", "llama"]
 ARCHITECTURES = [*ENCODERS, *DECODERS]
+# Queries, keys and values apart (llama, tied), fused (gpt_neox, phi3), fused and transposed (gpt2); fewer keys than
+# queries (llama, phi3); output layer tied to the embeddings (gpt2, tied).
+WRITERS = ["llama", "gpt2", "gpt_neox", "phi3", "tied"]
 
 
 def save_tiny_model(folder: Path, architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
@@ -56,6 +70,17 @@ def save_tiny_model(folder: Path, architecture: str, dtype: torch.dtype = torch.
     set_seed(0)
     AutoModelForSequenceClassification.from_config(config).to(dtype).save_pretrained(folder)
     tiny_tokenizer(decoder=architecture in DECODERS).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_writer(folder: Path, architecture: str = "llama", **changes: Any) -> Path:
+    """A causal language model in a folder like `save_tiny_model`'s."""
+    config = CONFIGS[architecture]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    set_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer(decoder=True).save_pretrained(folder)
     return folder
 
 
@@ -80,6 +105,20 @@ def tiny_examples(count: int, pad_token_id: int = 0, seed: int = 0) -> Tokenized
         (len(SPECIAL) + label * share + generator.integers(share, size=generator.integers(3, 13))).tolist()
         for label in labels
     ]
+    return TokenizedExamples(rows, labels, pad_token_id)
+
+
+def tiny_dialogues(count: int, pad_token_id: int = 4, seed: int = 0) -> TokenizedExamples:
+    """Prompts of 2 to 8 tokens with an answer of 2 to 5 tokens, which alone is learned."""
+    generator = np.random.default_rng(seed)
+    rows, labels = [], []
+    for _ in range(count):
+        prompt, answer = (
+            (len(SPECIAL) + generator.integers(len(WORDS), size=generator.integers(*sizes))).tolist()
+            for sizes in ((2, 9), (2, 6))
+        )
+        rows.append([*prompt, *answer])
+        labels.append([*[IGNORED] * len(prompt), *answer])
     return TokenizedExamples(rows, labels, pad_token_id)
 
 

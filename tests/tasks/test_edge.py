@@ -8,10 +8,10 @@ import torch
 from tiny_federation import EDGES
 from tiny_steps import coordinator_at, prepare, sessions_of
 
-from fedpipe_core.batches import TokenizedExamples
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import IntegrityError
 from fedpipe_core.schemas import EdgeProfile, FailureRecord, FederationPlan, UpdateRecord
+from fedpipe_core.tokenizing import TokenizedExamples
 from tasks import edge, federation
 from tasks.edge import EdgeSession, StoppedError, link_bytes_per_second, read_global, shared_base
 from tasks.federation import Coordinator

@@ -1,0 +1,200 @@
+"""Turns examples into token ids, and says which tokens are learned.
+
+Decides what stands before, between and behind the texts, and what happens to a row that is too long; leaves the order
+and padding of rows to `fedpipe_core.batches`.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from fedpipe_core.data import Examples
+from fedpipe_core.dialogues import Dialogues, Turn
+from fedpipe_core.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # label of a token that is not learned, as torch and transformers have it
+_tokenizing = Lock()
+
+
+@dataclass(frozen=True)
+class TokenizedExamples:
+    """The token ids of every example, unpadded, with its label and the id that pads a batch.
+
+    The label is one integer, or for a language model one per token: its id where it is learned, else `IGNORED`.
+    `cut` counts rows whose prompt lost its start, `dropped` rows that are left out because their answer did not fit.
+    """
+
+    token_ids: list[list[int]]
+    labels: list[int] | list[list[int]]
+    pad_token_id: int
+    cut: int = 0
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether labels stand at tokens, as for a language model."""
+        return bool(self.labels) and not isinstance(self.labels[0], int)
+
+    def select(self, indices: Iterable[int]) -> "TokenizedExamples":
+        """The rows at `indices`, in that order."""
+        chosen = list(indices)
+        labels = [self.labels[i] for i in chosen]
+        return TokenizedExamples([self.token_ids[i] for i in chosen], labels, self.pad_token_id)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a model continues, as token ids, and every right answer to each."""
+
+    token_ids: list[list[int]]
+    references: list[tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def tokenize(
+    examples: Examples | Dialogues,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_tokens: int,
+    vocabulary: int | None = None,
+) -> TokenizedExamples:
+    """Token ids of every row, at most `max_tokens`.
+
+    A text is cut there. Of a dialogue the start of the prompt is left out, never a part of the answer; a row whose
+    answer does not fit is left out. `vocabulary` is the number of tokens the model knows.
+
+    Raises ModelError if the tokenizer has no padding token, DataError if a text gives no token at all, if no row is
+    left, or if an id lies outside the vocabulary.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"tokenizer {tokenizer.name_or_path!r} has no padding token, needed to batch texts of different lengths; "
+            "set `pad_token` in the base model's tokenizer_config.json"
+        )
+    if isinstance(examples, Dialogues):
+        found = _tokenize_dialogues(examples, tokenizer, max_tokens)
+    else:
+        found = _tokenize_texts(examples, tokenizer, max_tokens)
+    if vocabulary is not None:
+        _require_known(found, tokenizer, vocabulary)
+    return found
+
+
+def tokenize_prompts(dialogues: Dialogues, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Prompts:
+    """All before each dialogue's last answer, as token ids; of more than `max_tokens` the start is left out."""
+    parts = _rendered([turns[:-1] for turns in dialogues.turns], tokenizer)
+    starts = [[token for ids, _ in row for token in ids] for row in parts]
+    leading = _leading(tokenizer)
+    kept = [
+        ids if len(ids) <= max_tokens else [*leading, *ids[len(leading) + len(ids) - max_tokens :]] for ids in starts
+    ]
+    return Prompts(kept, dialogues.references)
+
+
+def _tokenize_texts(examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> TokenizedExamples:
+    token_ids: list[list[int]] = []
+    if examples.texts:
+        with _tokenizing:  # the length is state of the shared tokenizer: another thread's call would change it midway
+            token_ids = tokenizer(
+                examples.texts,
+                truncation=True,
+                max_length=max_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )["input_ids"]
+    empty = [index for index, ids in enumerate(token_ids) if not ids]
+    if empty:
+        raise DataError(
+            f"{len(empty)} of {len(token_ids)} texts give no token (the first is number {empty[0] + 1} of its edge); "
+            "remove texts without any character the tokenizer knows"
+        )
+    return TokenizedExamples(token_ids, examples.labels, tokenizer.pad_token_id)
+
+
+Parts = list[tuple[list[int], bool]]  # token ids, and whether they are learned
+
+
+def _tokenize_dialogues(
+    dialogues: Dialogues, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
+) -> TokenizedExamples:
+    rows = [_shortened(parts, max_tokens, len(_leading(tokenizer))) for parts in _rendered(dialogues.turns, tokenizer)]
+    kept = [(parts, was_cut) for parts, was_cut in rows if parts]
+    if rows and not kept:
+        raise DataError(
+            f"none of {len(rows)} rows fits into model.max_tokens (now {max_tokens}) with its whole answer; raise it"
+        )
+    return TokenizedExamples(
+        token_ids=[[token for ids, _ in parts for token in ids] for parts, _ in kept],
+        labels=[[token if learned else IGNORED for ids, learned in parts for token in ids] for parts, _ in kept],
+        pad_token_id=tokenizer.pad_token_id,
+        cut=sum(was_cut for _, was_cut in kept),
+        dropped=len(rows) - len(kept),
+    )
+
+
+def _rendered(dialogues: Sequence[tuple[Turn, ...]], tokenizer: "PreTrainedTokenizerBase") -> list[Parts]:
+    """Each dialogue as its turns' ids: the model's first token before them, its last behind every answer."""
+    texts = [turn.content for turns in dialogues for turn in turns]
+    ids = iter(_plain_ids(texts, tokenizer))
+    ending = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    rows = []
+    for turns in dialogues:
+        parts: Parts = [(_leading(tokenizer), False)]
+        for turn in turns:
+            learned = turn.role == "assistant"
+            parts.append(([*next(ids), *(ending if learned else [])], learned))
+        rows.append(parts)
+    return rows
+
+
+def _plain_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    if not texts:
+        return []
+    with _tokenizing:
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+    found: list[list[int]] = encoded["input_ids"]
+    return found
+
+
+def _leading(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What every sequence starts with: the begin token where there is one, whether or not the tokenizer adds it."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def _shortened(parts: Parts, max_tokens: int, leading: int) -> tuple[Parts, bool]:
+    """The row within `max_tokens`, and whether the start of its prompt was left out; nothing if its answer is too long.
+
+    One token of the prompt stays at least, for the answer's first token is predicted from it.
+    """
+    excess = sum(len(ids) for ids, _ in parts) - max_tokens
+    if excess <= 0:
+        return parts, False
+    prompt = [token for ids, _ in parts[:-1] for token in ids]
+    if any(learned for _, learned in parts[:-1]) or len(prompt) - leading <= excess:
+        return [], False
+    return [(prompt[:leading] + prompt[leading + excess :], False), parts[-1]], True
+
+
+def _require_known(found: TokenizedExamples, tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> None:
+    for row, ids in enumerate(found.token_ids, start=1):
+        if max(ids) >= vocabulary:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise DataError(
+                f"row {row} of its edge has token {token!r} with id {max(ids)}, but the model knows {vocabulary} "
+                "tokens; take tokenizer and model of one training, or resize the model's embeddings"
+            )
