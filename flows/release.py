@@ -1,5 +1,6 @@
 """Release a finished run: export, judge, register, promote."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -8,10 +9,10 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from fedpipe_core.config import FederationConfig
-from fedpipe_core.errors import ReleaseError
+from fedpipe_core.errors import ReleaseError, TrackingError
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.export_choice import choose_exports
-from fedpipe_core.schemas import FederationRecord, ReleaseReport, RoundRecord
+from fedpipe_core.schemas import ExportRecord, FederationRecord, ReleaseReport, RoundRecord
 from flows.deployed import require_lasting_store
 from tasks import progress, release, tracking
 from tasks.federation import Coordinator, evaluate, read_profiles
@@ -34,19 +35,28 @@ def release_model(run: str, store: str = ".fedpipe/store", baseline: dict[str, f
     """
     require_lasting_store(store)
     coordinator = _coordinator(run, store)
-    step = release.Release(
-        coordinator, track(coordinator), baseline or metrics_of(evaluate(coordinator, 1, whole=True))
-    )
+    before = baseline or metrics_of(evaluate(coordinator, 1, whole=True))
+    step = release.Release(coordinator, functools.partial(track, coordinator), before)
     with step:
         chosen = choose_exports(coordinator.config.release, coordinator.shape, read_profiles(coordinator))
         exports = [release.export(step, scheme, edges) for scheme, edges in chosen.items()]
-        version = release.register(step, exports)
-        report = ReleaseReport(
-            exports=exports, model=release.promote(step, version, exports), baseline_metrics=dict(step.baseline)
-        )
-    release.publish(step, report)
+        report = _registered(step, exports)
     create_table_artifact(gate_rows(report), key="gate", description=f"Gate of {run}")
     create_markdown_artifact(_summary(report), key="release", description=f"Release of {run}")
+    return report
+
+
+def _registered(step: release.Release, exports: list[ExportRecord]) -> ReleaseReport:
+    """Register, promote and publish. Raises TrackingError that says where the exports are and how to go on."""
+    try:
+        model = release.promote(step, release.register(step, exports), exports)
+        report = ReleaseReport(exports=exports, model=model, baseline_metrics=dict(step.baseline))
+        release.publish(step, report)
+    except TrackingError as error:
+        run, root = step.coordinator.keys.run, step.coordinator.store.root
+        raise TrackingError(
+            f"{error}; the exports are kept in {root}/{run}/release/, and `fedpipe release {run}` registers them later"
+        ) from None
     return report
 
 

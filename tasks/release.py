@@ -4,7 +4,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Self
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from safetensors import SafetensorError
 
 from fedpipe_core.dialogues import chat_template
 from fedpipe_core.errors import ReleaseError
@@ -48,13 +49,14 @@ REGISTERED = "merged"  # the export that becomes the version
 
 
 class Release:
-    """What a release rests on: a run whose rounds are done, its MLflow run, and metrics before training.
+    """What a release rests on: a run whose rounds are done, how its MLflow run is opened, metrics before training.
 
     A plain class, since Prefect walks through every dataclass it is handed.
     """
 
-    def __init__(self, coordinator: Coordinator, tracked: TrackedRun, baseline: Mapping[str, float]):
-        self.coordinator, self.tracked, self.baseline = coordinator, tracked, baseline
+    def __init__(self, coordinator: Coordinator, track: Callable[[], TrackedRun], baseline: Mapping[str, float]):
+        self.coordinator, self.baseline = coordinator, baseline
+        self._track = track
         self.written = TemporaryDirectory(prefix="fedpipe-release-")
         self._open = ExitStack()
         self.predictions: dict[str, Answers] = {}
@@ -70,6 +72,11 @@ class Release:
     ) -> None:
         """End the process and remove what was written; the store has its copies."""
         self._open.__exit__(kind, error, trace)
+
+    @functools.cached_property
+    def tracked(self) -> TrackedRun:
+        """The MLflow run, opened when the exports are done: a registry that is away must not cost them."""
+        return self._track()
 
     @functools.cached_property
     def judge(self) -> ExportJudge:
@@ -119,7 +126,7 @@ def export(release: Release, scheme: str, edges: Sequence[str] = ()) -> ExportRe
     """
     coordinator, folder, started = release.coordinator, release.folder(scheme), time.perf_counter()
     with progress.working("coordinator", f"export {scheme}"):
-        SCHEMES[scheme].write(release.tuned, folder)
+        _write(release, scheme, folder)
         verdict = release.judge.judge(scheme, folder)
         check, metrics = _loss_verdict(release, scheme, verdict)
         if scheme == REGISTERED and not check.passed:
@@ -143,6 +150,17 @@ def export(release: Release, scheme: str, edges: Sequence[str] = ()) -> ExportRe
         kept=check.passed,
         reason=check.reason,
     )
+
+
+def _write(release: Release, scheme: str, folder: Path) -> None:
+    """Write an export. Raises ReleaseError when the disk does not take it."""
+    try:
+        SCHEMES[scheme].write(release.tuned, folder)
+    except (OSError, SafetensorError) as error:
+        raise ReleaseError(
+            f"export {scheme} cannot be written to {folder.parent} ({error}); make room there, or set TMPDIR to a "
+            "folder on a larger disk; nothing was registered"
+        ) from None
 
 
 def _loss_verdict(release: Release, scheme: str, verdict: Verdict) -> tuple[Check, dict[str, float]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from prefect_processes import running, wait_for
+from prefect_processes import call, running, wait_for
 from remote_federation import deployed_server
 from tiny_federation import write_federation
 
@@ -57,7 +57,7 @@ def ask(api: httpx.Client, method: str, address: str, body: object = None) -> ht
     """The server's answer; asked again while its database is busy."""
     for _ in range(20):
         answer = api.request(method, address, json=body)
-        if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+        if not answer.is_server_error:
             break
         time.sleep(0.5)
     return answer
@@ -153,3 +153,15 @@ def test_relative_paths_fail_the_run_with_words_that_name_them(
     flow_run = ended(api, start(api, "federated_finetune/intents", {"config": tiny | {"store": "here"}}), worker)
     assert flow_run["state"]["type"] == "FAILED"
     assert "relative store 'here' would be lost; give absolute paths" in flow_run["state"]["message"]
+
+
+def test_failure_raises_an_event_on_which_the_example_automation_acts(
+    api: httpx.Client, server: dict[str, str], worker: Path, tiny: dict[str, Any]
+) -> None:
+    example = ROOT / "infra" / "automations" / "pause-after-failure.yaml"
+    call(["automation", "create", "--from-file", str(example)], server, ROOT)
+    failed = ended(api, start(api, "release_model/any-run", {"run": "nothing", "store": tiny["store"]}), worker)
+    assert failed["state"]["type"] == "FAILED"
+    assert "run nothing is not in" in failed["state"]["message"]
+    wait_for(lambda: deployment(api, "release_model/any-run")["paused"] or None, 60, "the pause", worker)
+    assert not deployment(api, "federated_finetune/intents")["paused"]

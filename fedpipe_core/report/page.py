@@ -151,7 +151,7 @@ def _plan(facts: ReportFacts) -> str:
     rows = [_plan_row(facts, edge_id) for edge_id in facts.edges]
     return section(
         "Plan",
-        "What each edge was given to do, and what it took in its worst round; the dark mark on a bar is the plan's "
+        "What each edge was given to do, and what it took in its worst round; the thin mark on a bar is the plan's "
         "prediction, for the declared machine where resources are declared. "
         f"Deadline of a round {duration(facts.plan.round_seconds)}; solver {facts.plan.solver}.",
         f'<div class="card">{table(head, rows)}</div>',

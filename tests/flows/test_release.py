@@ -1,6 +1,7 @@
 """The released folders, read by programs that know nothing of this project."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,40 @@ def test_run_without_release_is_released_later(finished: FinishedRun, fedpipe: C
     assert outcome.exit_code == 0, outcome.stderr
     assert outcome.document["model"]["decision"]["promoted"]
     assert {export["scheme"] for export in outcome.document["exports"]} == {"adapter", "merged"}
+
+
+@pytest.mark.slow
+def test_registry_that_is_away_costs_no_export_and_the_release_is_completed_later(
+    finished: FinishedRun, fedpipe: Command, fedpipe_process: Command, tmp_path: Path
+) -> None:
+    config, store = finished.folder / "federation.yaml", tmp_path / "store"
+    fedpipe("run", config, "--run", "away", "--set", f"store={store}", "--set", "name=away", "--no-release")
+    outcome = fedpipe_process("release", "away", "--store", store, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert outcome.exit_code == 1
+    assert "MLflow at http://127.0.0.1:9 did not answer or refused" in outcome.stderr
+    assert f"the exports are kept in {store}/away/release/, and `fedpipe release away` registers" in outcome.stderr
+    assert (store / "away" / "release" / "merged" / "model.safetensors").is_file()
+    assert not (store / "away" / "manifest.json").exists()
+    assert fedpipe("release", "away", "--store", store, "--json").document["model"]["decision"]["promoted"]
+
+
+@pytest.mark.parametrize("removed", ["rounds/0002/round.json", "rounds/0003/global.safetensors"])
+def test_unfinished_or_damaged_run_is_refused_before_anything_is_registered(
+    finished: FinishedRun, fedpipe: Command, tmp_path: Path, removed: str
+) -> None:
+    store = Path(shutil.copytree(finished.store.parent, tmp_path / "store"))
+    (store / "first" / removed).unlink()
+    before = fedpipe("lineage", "tiny@challenger").stdout
+    outcome = fedpipe("release", "first", "--store", store)
+    assert outcome.exit_code == 1
+    assert f"first/{removed}" in outcome.stderr
+    assert fedpipe("lineage", "tiny@challenger").stdout == before
+
+
+def test_unknown_export_is_refused(finished: FinishedRun, fedpipe: Command) -> None:
+    outcome = fedpipe("run", finished.folder / "federation.yaml", "--set", "release.exports=[merged, q5_k]")
+    assert outcome.exit_code == 2
+    assert "release.exports.1: " in outcome.stderr
 
 
 def test_release_of_an_unknown_run_is_refused(finished: FinishedRun, fedpipe: Command) -> None:

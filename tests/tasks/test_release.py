@@ -1,3 +1,4 @@
+import resource
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from tasks.federation import Coordinator
 from tasks.release import Release
 from tasks.tracking import TrackedRun
 
-NOWHERE = TrackedRun("sqlite:////nowhere/mlflow.db", "experiment", "run")
+
+def nowhere() -> TrackedRun:
+    """No step of these tests speaks to MLflow."""
+    return TrackedRun("sqlite:////nowhere/mlflow.db", "experiment", "run")
 
 
 @pytest.fixture
@@ -28,7 +32,7 @@ def trained(coordinator: Coordinator, sessions: dict[str, EdgeSession], plan: Fe
 def test_exports_are_judged_in_a_fresh_process_and_kept_only_within_the_limit_on_their_loss(
     trained: Coordinator,
 ) -> None:
-    with Release(trained, NOWHERE, {}) as step:
+    with Release(trained, nowhere, {}) as step:
         records = {scheme: release.export.fn(step, scheme) for scheme in ("adapter", "merged")}
         for scheme, record in records.items():
             folder = Path(record.path)
@@ -62,7 +66,7 @@ def test_export_that_cannot_be_loaded_again_is_told_and_a_dead_judge_too(
 
     broken = ExportScheme(write_nonsense, SCHEMES["nf4"].load)
     monkeypatch.setitem(SCHEMES, "nf4", broken)
-    with Release(trained, NOWHERE, {}) as step:
+    with Release(trained, nowhere, {}) as step:
         record = release.export.fn(step, "nf4")
         assert not record.kept
         assert record.metrics == {}
@@ -73,22 +77,36 @@ def test_export_that_cannot_be_loaded_again_is_told_and_a_dead_judge_too(
             release.export.fn(step, "merged")
 
 
+def test_disk_that_fills_is_told_and_leaves_nothing_in_the_store(trained: Coordinator) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    step = Release(trained, nowhere, {})
+    step.tuned  # noqa: B018  loaded before the limit
+    with step.written:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            with pytest.raises(ReleaseError, match=r"export merged cannot be written to .* nothing was registered"):
+                release.export.fn(step, "merged")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert trained.store.list("run/release") == []
+
+
 def test_repeated_export_writes_the_same_bytes(trained: Coordinator, tmp_path: Path) -> None:
-    tuned = Release(trained, NOWHERE, {}).tuned
+    tuned = Release(trained, nowhere, {}).tuned
     for name in ("first", "second"):
         SCHEMES["merged"].write(tuned, tmp_path / name)
     assert folder_sha256(tmp_path / "first") == folder_sha256(tmp_path / "second")
 
 
 def test_release_of_an_unfinished_run_says_what_is_missing(coordinator: Coordinator, plan: FederationPlan) -> None:
-    step = Release(coordinator, NOWHERE, {})
+    step = Release(coordinator, nowhere, {})
     step.predictions["merged"] = federation.evaluate.fn(coordinator, 1, whole=True)
     with step.written, pytest.raises(ReleaseError, match=r"rounds/0001/round.json is missing in .*finish it with"):
         release.register.fn(step, [])
 
 
 def test_models_name_is_the_configured_one_or_the_federations(coordinator: Coordinator) -> None:
-    assert Release(coordinator, NOWHERE, {}).name == "tiny"
+    assert Release(coordinator, nowhere, {}).name == "tiny"
     named = coordinator.config.release.model_copy(update={"model_name": "intents"})
     config = coordinator.config.model_copy(update={"release": named})
-    assert Release(Coordinator(config, coordinator.store, coordinator.keys), NOWHERE, {}).name == "intents"
+    assert Release(Coordinator(config, coordinator.store, coordinator.keys), nowhere, {}).name == "intents"
