@@ -21,6 +21,7 @@ from fedpipe_core.schemas import UpdateRecord
 
 _STYLE = Path(__file__).with_name("report.css")
 _LOSS = "loss"
+_NOT_SHARES = (_LOSS, "perplexity")  # would flatten the curves of shares between 0 and 1
 _MAPPED_EDGES = 12  # ranks are drawn for so many edges
 
 
@@ -88,7 +89,7 @@ def _tiles(facts: ReportFacts) -> list[str]:
 
 
 def _learning(facts: ReportFacts) -> str:
-    names = [name for name in facts.metrics if name != _LOSS]
+    names = [name for name in facts.metrics if name not in _NOT_SHARES]
     quality = _held_out(facts, names) + _validated(facts, names[:1])
     trained = [
         Series(f"{edge_id}, training", edge_colour(facts, edge_id), _points(facts, "train_loss", edge_id))
