@@ -49,17 +49,18 @@ COMMON: dict[str, Any] = {
     "aggregation.rank_cap": 16,
 }
 UNIFORM = {"method": "fedlora", "aggregation.rule": "fedavg", "planning.importance": "uniform"}
+SPECTRUM = {"planning.importance": "gradient_spectrum", "planning.profile_steps": 6}
 METHODS: dict[str, dict[str, Any]] = {
-    "fedpipe": {},
+    "fedpipe": SPECTRUM,
     "fedlora": UNIFORM,
+    "adalora importance": {"planning.importance": "adalora"},
     "random weights": {"planning.importance": "random"},
     "last layers": {"planning.importance": "last_layers"},
     "uniform importance": {"planning.importance": "uniform"},
-    "gradient spectrum": {"planning.importance": "gradient_spectrum", "planning.profile_steps": 6},
-    "one rank": {"planning.ranks": [8]},
-    "one batch size": {"planning.batch_sizes": [16]},
-    "32-bit bases only": {"model.bits": [32]},
-    "averaged factors": {"aggregation.rule": "fedavg"},
+    "one rank": {**SPECTRUM, "planning.ranks": [8]},
+    "one batch size": {**SPECTRUM, "planning.batch_sizes": [16]},
+    "32-bit bases only": {**SPECTRUM, "model.bits": [32]},
+    "averaged factors": {**SPECTRUM, "aggregation.rule": "fedavg"},
 }
 FEDPIPE, FEDLORA = "fedpipe", "fedlora"
 

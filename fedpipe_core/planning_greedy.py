@@ -64,7 +64,7 @@ class Frontier:
     fixed_seconds: FloatArray
     planned_steps: IntArray
     least_steps: IntArray
-    share_per_step: FloatArray  # of the planned examples
+    share_per_step: FloatArray
 
 
 def sweep_cells(problem: EdgeProblem) -> list[Sweep]:
@@ -172,7 +172,7 @@ def price(problem: EdgeProblem, selection: Selection, terms: RoundTerms) -> Sele
     step = cell.block_seconds[selection.block] + _current(cell.item_seconds, choice).sum()
     slack = slacks(problem, selection, terms.seconds)[1] + ROUNDING * terms.seconds
     steps = min(cell.planned_steps, selection.steps + max(0, int(slack // step)))
-    under_training = max(0.0, 1.0 - steps * cell.batch_size / problem.planned_examples)
+    under_training = max(0.0, 1.0 - steps * cell.share_per_step)
     utility = problem.pinned_utility + float(_current(problem.utility, choice).sum())
     value = utility - cell.loss - terms.penalty * under_training
     return Selection(cell, selection.block, steps, choice, utility, value)
@@ -239,7 +239,7 @@ def _cell_frontier(problem: EdgeProblem, index: int, swept: Sweep) -> tuple[NDAr
         fixed[kept],
         cell.planned_steps * rows,
         cell.least_steps * rows,
-        cell.batch_size / problem.planned_examples * rows,
+        cell.share_per_step * rows,
     )
 
 

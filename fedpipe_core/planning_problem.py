@@ -23,8 +23,9 @@ IntArray = NDArray[np.int64]
 # Utility given up for a coarser base, as a share of the whole menu's: its rounding error is never trained away.
 BITS_LOSS = {32: 0.0, 16: 0.002, 8: 0.01, 4: 0.05}
 # A batch of b examples moves the model like b·noise/(b + noise) examples taken singly (gradient noise scale, arXiv
-# 1812.06162, eq. 2.6), so the same data in larger batches is worth less. The value is usual for fine-tuning.
-NOISE_SCALE_EXAMPLES = 64
+# 1812.06162, eq. 2.6), so the same data in larger batches teaches less. With 64 the slowest edge of
+# benchmarks/time_to_accuracy.py took 6 steps of 32 examples a round and hardly learned.
+NOISE_SCALE_EXAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Cell:
     checkpointing: bool
     planned_steps: int
     least_steps: int
-    loss: float  # of value, for a coarser base and a larger batch than the menu's best
+    loss: float  # of value, for a coarser base
+    share_per_step: float  # of what the planned examples teach in the menu's smallest batches
     idle_seconds: float
     block_memory: FloatArray
     block_seconds: FloatArray
@@ -118,7 +120,7 @@ def build_problem(
         modules_reached=tuple(0 if pinned else sum(layer >= block for layer in layers) for block in blocks),
         utility=_utility_table(costs.shape, modules, ranks, utility),
         pinned_utility=sum(_utility_at(utility[name], ranks, r) for name, r in pinned.items() if name in utility),
-        cells=tuple(_price_cell(items, blocks, work, planned, pin, _loss(work, menu)) for work in menu),
+        cells=tuple(_price_cell(items, blocks, work, planned, pin, _taught(work, menu)) for work in menu),
     )
 
 
@@ -144,10 +146,10 @@ def _menu(costs: CostModel, config: FederationConfig, pin: PlanPin) -> list[Work
     return [Work(pin.ranks or {}, size, 1, width, checkpointing) for size, width, checkpointing in menu]
 
 
-def _loss(work: Work, menu: Sequence[Work]) -> float:
+def _taught(work: Work, menu: Sequence[Work]) -> float:
+    """Examples of the menu's smallest batches that one step of this work is worth."""
     smallest = min(other.batch_size for other in menu)
-    worth = (NOISE_SCALE_EXAMPLES + smallest) / (NOISE_SCALE_EXAMPLES + work.batch_size)
-    return BITS_LOSS[work.base_bits] + 1.0 - worth
+    return work.batch_size * (NOISE_SCALE_EXAMPLES + smallest) / (NOISE_SCALE_EXAMPLES + work.batch_size)
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def _price_items(
 
 
 def _price_cell(
-    items: _Items, blocks: Sequence[int], work: Work, planned_examples: int, pin: PlanPin, loss: float
+    items: _Items, blocks: Sequence[int], work: Work, planned_examples: int, pin: PlanPin, taught: float
 ) -> Cell:
     costs, examples = items.costs, items.costs.batch_examples(work.batch_size)
     tokens, longest = examples * costs.profile.tokens_per_example, costs.longest_tokens(work.batch_size)
@@ -204,7 +206,8 @@ def _price_cell(
         checkpointing=work.checkpointing,
         planned_steps=planned,
         least_steps=pin.local_steps or 1,
-        loss=loss,
+        loss=BITS_LOSS[work.base_bits],
+        share_per_step=taught / planned_examples,
         idle_seconds=costs.idle_seconds(transferred),
         block_memory=np.array(
             [

@@ -186,7 +186,7 @@ def _upload_factor(cell: Cell, steps: FloatArray) -> FloatArray:
 
 def _constant(problem: EdgeProblem, cell: Cell, steps: FloatArray, terms: RoundTerms) -> FloatArray:
     """What value has besides the utility of the free modules."""
-    under_training = np.maximum(0.0, 1.0 - steps * cell.batch_size / problem.planned_examples)
+    under_training = np.maximum(0.0, 1.0 - steps * cell.share_per_step)
     return np.asarray(problem.pinned_utility - cell.loss - terms.penalty * under_training)
 
 

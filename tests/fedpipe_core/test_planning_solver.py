@@ -50,7 +50,7 @@ def best_of_all(problem: EdgeProblem, terms: RoundTerms) -> float:
         for steps in range(1, cell.planned_steps + 1):
             cost = problem.costs.predict(Work(ranks, cell.batch_size, steps, cell.base_bits))
             if cost.peak_memory_bytes <= problem.memory_bytes and cost.round_seconds <= terms.seconds:
-                left_over = max(0.0, 1 - steps * cell.batch_size / EXAMPLES)
+                left_over = max(0.0, 1 - steps * cell.share_per_step)
                 best = max(best, utility - cell.loss - terms.penalty * left_over)
     return best
 
