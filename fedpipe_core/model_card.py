@@ -180,17 +180,26 @@ def _rounds(facts: CardFacts) -> str:
 
 def _exports(facts: CardFacts) -> str:
     names = list(facts.metrics)
-    return _table(
-        ("export", "size (MiB)", *names, "sha256"),
-        (
-            (
-                export.scheme,
-                f"{export.bytes / _MIB:.2f}",
-                *(_number(export.metrics.get(name)) for name in names),
-                f"`{_short(export.sha256)}`",
-            )
-            for export in facts.exports
-        ),
+    found = ("loss change", "same answers", "loads in (s)", "latency", "kept", "sha256")
+    table = _table(("export", "size (MiB)", *names, *found), (_export_row(export, names) for export in facts.exports))
+    return (
+        "Each was reloaded in a fresh process and is told beside the unquantized merged model; latency is per example, "
+        f"relative to the base's, with a 95 % interval.\n\n{table}"
+    )
+
+
+def _export_row(export: ExportRecord, names: Sequence[str]) -> tuple[object, ...]:
+    latency = export.latency
+    return (
+        export.scheme,
+        f"{export.bytes / _MIB:.2f}",
+        *(_number(export.metrics.get(name)) for name in names),
+        "–" if export.loss_increase is None else f"{export.loss_increase:+.2%}",
+        "–" if export.agreement is None else f"{export.agreement:.2%}",
+        f"{export.load_seconds:.1f}",
+        "–" if latency is None else f"×{latency.ratio:.2f} ({latency.ratio_low:.2f} to {latency.ratio_high:.2f})",
+        "yes" if export.kept else f"no: {export.reason}",
+        f"`{_short(export.sha256)}`",
     )
 
 

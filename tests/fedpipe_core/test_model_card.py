@@ -12,6 +12,7 @@ from fedpipe_core.schemas import (
     ExportRecord,
     FederationPlan,
     FederationRecord,
+    Latency,
     PredictedCost,
     RoundRecord,
 )
@@ -141,6 +142,14 @@ def test_plan_shows_the_span_of_ranks_and_the_limit(facts: CardFacts) -> None:
 
 def test_dropped_edge_keeps_its_reason_and_does_not_break_the_table(facts: CardFacts) -> None:
     assert rows(render_card(facts), "Rounds")[3][2] == "edge-1: loss is nan ¦ stopped at step 3"
+
+
+def test_exports_are_told_beside_the_unquantized_model(facts: CardFacts) -> None:
+    latency = Latency(seconds=0.002, base_seconds=0.001, ratio=2.0, ratio_low=1.9, ratio_high=2.1, pairs=9)
+    found = {"loss_increase": 0.0624, "agreement": 0.96875, "load_seconds": 0.7, "latency": latency}
+    refused = facts.exports[0].model_copy(update={**found, "scheme": "nf4", "kept": False, "reason": "too much lost"})
+    line = rows(render_card(replace(facts, exports=(refused,))), "Exports")[2]
+    assert line[3:8] == ["+6.24%", "96.88%", "0.7", "×2.00 (1.90 to 2.10)", "no: too much lost"]
 
 
 def test_card_without_exports_has_no_such_section(facts: CardFacts) -> None:
