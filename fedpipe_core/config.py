@@ -17,6 +17,7 @@ from fedpipe_core.config_inputs import (
     ModelSpec,
     PartitionSpec,
 )
+from fedpipe_core.config_remote import PublicKey, RemoteSpec, SigningSpec
 
 __all__ = [
     "AggregationSpec",
@@ -34,9 +35,12 @@ __all__ = [
     "PartitionSpec",
     "PlanPin",
     "PlanningSpec",
+    "PublicKey",
     "Rank",
     "ReleaseSpec",
+    "RemoteSpec",
     "ResourcesSpec",
+    "SigningSpec",
     "Spec",
     "TrackingSpec",
     "TrainingSpec",
@@ -96,23 +100,9 @@ class EdgeSpec(Spec):
     work_queue: str | None = Field(
         None, min_length=1, description="Queue of the pool at which the edge's worker looks; the edge_id when left out"
     )
-
-
-class RemoteSpec(Spec):
-    """How long is waited for edges on machines of their own. May differ when a run is resumed."""
-
-    start_seconds: float = Field(
-        300, gt=0, le=86400, description="How long an edge may take from its start to its first sign of life"
+    public_key: PublicKey | None = Field(
+        None, description="Key with which this edge signs its records, as `fedpipe edge keygen` prints it"
     )
-    profile_seconds: float = Field(3600, gt=0, le=604800, description="How long all edges' profiles are waited for")
-    grace_seconds: float = Field(
-        300, ge=0, le=604800, description="How much longer than its plan says a round may last; later edges are dropped"
-    )
-    lease_seconds: float = Field(
-        20, ge=1, le=3600, description="Silence after which an edge, or for an edge the coordinator, is taken for dead"
-    )
-    poll_seconds: float = Field(0.5, gt=0, le=60, description="Longest pause between two looks at the store")
-    restarts: int = Field(3, ge=0, le=1000, description="How often a run starts an edge that died again")
 
 
 class TrainingSpec(Spec):
@@ -300,6 +290,7 @@ class FederationConfig(Spec):
     release: ReleaseSpec = ReleaseSpec()
     tracking: TrackingSpec = TrackingSpec()
     remote: RemoteSpec = RemoteSpec()
+    signing: SigningSpec = SigningSpec()
 
     @property
     def local_edges(self) -> tuple[EdgeSpec, ...]:
@@ -311,9 +302,20 @@ class FederationConfig(Spec):
         """Edges on machines of their own."""
         return tuple(edge for edge in self.edges if edge.work_pool is not None)
 
+    @property
+    def coordinator_signs(self) -> str | None:
+        """The key that signs the coordinator's records; None when nobody signs."""
+        return self.signing.coordinator_key if self.signing.mode == "required" else None
+
+    def edge_signs(self, edge_id: str) -> str | None:
+        """The key that signs an edge's records: its own, or the coordinator's where it is served in that process."""
+        own = next((edge.public_key for edge in self.remote_edges if edge.edge_id == edge_id), self.coordinator_signs)
+        return own if self.signing.mode == "required" else None
+
     @model_validator(mode="after")
     def _edges_fit_together(self) -> "FederationConfig":
         faults = [*_edge_faults(self), *_partition_faults(self), *_rule_faults(self), *_task_faults(self)]
+        faults += _signing_faults(self)
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -334,6 +336,24 @@ def _edge_faults(config: FederationConfig) -> list[str]:
         for edge in config.local_edges
         if edge.work_queue is not None
     ]
+    return faults
+
+
+def _signing_faults(config: FederationConfig) -> list[str]:
+    mode, faults = config.signing.mode, []
+    if mode is None and config.remote_edges:
+        faults.append(
+            "signing.mode is missing, which edges with a work_pool need: `required`, or `off` to trust everyone who "
+            "can write to the store"
+        )
+    if mode == "required" and config.signing.coordinator_key is None:
+        faults.append("signing.coordinator_key is missing; `fedpipe edge keygen FILE` makes one and prints it")
+    if mode == "required":
+        faults += [
+            f"edge {edge.edge_id!r} has no public_key to check its signatures with; have it run `fedpipe edge keygen`"
+            for edge in config.remote_edges
+            if edge.public_key is None
+        ]
     return faults
 
 

@@ -7,9 +7,10 @@ from typing import Literal
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
-from fedpipe_core.config import FederationConfig, Name, Spec
+from fedpipe_core.config import EdgeSpec, FederationConfig, Name, PublicKey, Spec
 from fedpipe_core.config_file import describe_faults
 from fedpipe_core.errors import ConfigError
+from fedpipe_core.signatures import SigningKey, load_key
 
 EDGE_CONFIG_VARIABLE = "FEDPIPE_EDGE_CONFIG"
 GIB = 2**30
@@ -21,6 +22,8 @@ class EdgeDataSpec(Spec):
     train: str = Field(description="Training rows (.jsonl, .csv or .parquet, .gz too); relative to this file")
     text_column: str | None = Field(None, description="Column with the text; the federation's when left out")
     label_column: str | None = Field(None, description="Column with the label; the federation's when left out")
+    prompt_column: str | None = Field(None, description="Column with the prompt; the federation's when left out")
+    completion_column: str | None = Field(None, description="Column with what follows; the federation's when left out")
 
 
 class EdgeConfig(Spec):
@@ -46,6 +49,15 @@ class EdgeConfig(Spec):
         False, description="Whether a federation may have Python code of its base model run on this machine"
     )
 
+    key: str | None = Field(
+        None, description="File of this edge's private key (`fedpipe edge keygen`); relative to this file"
+    )
+    coordinator_key: PublicKey | None = Field(
+        None,
+        description="Public key that must have signed what this edge is told to do; nobody need have when left out, "
+        "which only a federation with `signing.mode: off` accepts",
+    )
+
     @property
     def memory_bytes(self) -> int | None:
         """The limit on memory in bytes."""
@@ -65,8 +77,8 @@ def load_edge_config(path: str | Path) -> EdgeConfig:
         raise ConfigError(f"{path} has {describe_faults(error)}") from None
     folder = path.absolute().parent
     data = config.data.model_copy(update={"train": str(folder / config.data.train)})
-    base = None if config.base is None else str(folder / config.base)
-    return config.model_copy(update={"data": data, "base": base, "state": str(folder / config.state)})
+    places = {name: str(folder / value) for name in ("base", "key", "state") if (value := getattr(config, name))}
+    return config.model_copy(update={"data": data, **places})
 
 
 def find_edge_config() -> EdgeConfig:
@@ -94,7 +106,38 @@ def config_at_edge(config: FederationConfig, own: EdgeConfig) -> FederationConfi
             f"{own.edge_id}: federation {config.name} would run Python code of {config.model.base} here; "
             "set trust_remote_code in edge.yaml to allow it"
         )
-    columns = {name: value for name in ("text_column", "label_column") if (value := getattr(own.data, name))}
-    data = config.data.model_copy(update={"train": own.data.train, "partition": None, **columns})
+    data = config.data.model_copy(update={**own.data.model_dump(exclude_none=True), "partition": None})
     model = config.model if own.base is None else config.model.model_copy(update={"base": own.base})
     return config.model_copy(update={"data": data, "model": model})
+
+
+def signing_key_at_edge(config: FederationConfig, own: EdgeConfig) -> SigningKey | None:
+    """The key with which this edge signs, None in a federation where nobody does.
+
+    Raises ConfigError when edge and federation do not agree on keys.
+    """
+    spec = next(edge for edge in config.edges if edge.edge_id == own.edge_id)
+    if config.signing.mode != "required":
+        return None
+    if own.coordinator_key != config.signing.coordinator_key:
+        raise ConfigError(
+            f"{own.edge_id}: federation {config.name} is signed with {config.signing.coordinator_key}, and edge.yaml "
+            f"says coordinator_key {own.coordinator_key}; ask its coordinator for the key by another way, then set it"
+        )
+    if own.key is None:
+        raise ConfigError(
+            f"{own.edge_id}: federation {config.name} needs signed records and edge.yaml names no key; make one with "
+            "`fedpipe edge keygen FILE`, set `key` in edge.yaml, and have the federation list the public key"
+        )
+    key = load_key(Path(own.key))
+    require_key(key, spec)
+    return key
+
+
+def require_key(key: SigningKey, spec: EdgeSpec) -> None:
+    """Raise ConfigError unless this is the key that the federation lists for the edge."""
+    if key.public != spec.public_key:
+        raise ConfigError(
+            f"{spec.edge_id}: its key is {key.public}, and the federation lists {spec.public_key}; correct public_key "
+            "in the federation's config, or `key` in edge.yaml"
+        )

@@ -12,6 +12,7 @@ FedPipeError
     ├── InvalidKeyError       a key that must not name an object
     ├── UpdateRefusedError    an update that must not count
     ├── IntegrityError        bytes that are not what their record says
+    │   └── SignatureError        a record that is not signed as it must be
     ├── QuorumError           fewer updates than `min_edges`
     ├── ReleaseError          an export or a registration that failed
     ├── TrackingError         MLflow could not be reached, or refused a record
@@ -73,6 +74,10 @@ class UpdateRefusedError(RunError):
 
 class IntegrityError(RunError):
     """Raised when stored bytes do not match their record's hash, size, shapes or dtype."""
+
+
+class SignatureError(IntegrityError):
+    """Raised when a record is not signed, signed by someone else, for another place, or altered since."""
 
 
 class QuorumError(RunError):

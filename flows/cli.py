@@ -26,6 +26,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+edge_app = typer.Typer(help="What is done at an edge.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(edge_app, name="edge")
+
 ConfigPath = Annotated[Path, typer.Argument(help="Federation config, a YAML file", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config; repeatable")
@@ -186,6 +189,35 @@ def verify(
         _print(found.model_dump(mode="json"), as_json, lambda document: verification_text(found))
     if not found.verified:
         raise typer.Exit(1)
+
+
+@edge_app.command()
+def keygen(
+    path: Annotated[Path, typer.Argument(help="File for the private key, which must not exist", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Make a key that signs an edge's, or the coordinator's, records, and print its public part."""
+    with _explained(as_json):
+        from fedpipe_core.signatures import new_key, save_key
+
+        key = new_key()
+        save_key(key, path)
+        _print({"key": str(path), "public_key": key.public}, as_json, lambda document: key.public)
+
+
+@edge_app.command("check")
+def check_command(
+    config: Annotated[Path, typer.Argument(help="This machine's edge.yaml", show_default=False)],
+    run_name: Annotated[str | None, typer.Option("--run", help="Print the profile it would send to a run")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this edge's rows, device, key and store, and print what it would report; nothing is published."""
+    with _explained(as_json), _showing():
+        from fedpipe_core.edge_config import load_edge_config
+        from tasks.edge_check import check_edge
+
+        document = check_edge(load_edge_config(config), run_name)
+        _print(document, as_json, lambda found: json.dumps(found, indent=2))
 
 
 @app.command()

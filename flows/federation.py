@@ -152,7 +152,7 @@ def _run_rounds(coordinator: Coordinator, edges: Edges, plan: FederationPlan, tr
 def edge_sessions(coordinator: Coordinator) -> list[EdgeSession]:
     """The edges served in this process."""
     config, cores = coordinator.config, os.cpu_count() or 1
-    machine = Machine(threads=max(1, cores // _edges_at_once(config)))
+    machine = Machine(threads=max(1, cores // _edges_at_once(config)), signing_key=coordinator.signing_key)
     return [EdgeSession(config, spec, coordinator.store, coordinator.keys, machine) for spec in config.local_edges]
 
 
@@ -172,7 +172,7 @@ def _one_round(coordinator: Coordinator, edges: Edges, round_index: int) -> Roun
     started = time.perf_counter()
     if not coordinator.store.exists(coordinator.keys.global_record(round_index + 1)):
         _train(coordinator, edges, plan_round(coordinator, round_index), round_index)
-    plan = plan_at(coordinator.store, coordinator.keys, round_index)
+    plan = plan_at(coordinator.store, coordinator.keys, round_index, coordinator.config.coordinator_signs)
     aggregate = federation.aggregate_round(coordinator, plan, round_index)
     last = round_index == coordinator.config.rounds
     metrics = metrics_of(federation.evaluate(coordinator, round_index + 1, whole=last))

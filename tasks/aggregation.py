@@ -56,7 +56,7 @@ def combine_updates(run: StoredRun, round_index: int, answered: Collection[str] 
     Raises IntegrityError when the adapter the round started from is missing or damaged.
     """
     torch.set_num_threads(1)  # factors are small: threads that wait for each other cost more than they save
-    record, previous = read_global(run.store, run.keys, round_index)
+    record, previous = read_global(run.store, run.keys, round_index, run.config.coordinator_signs)
     asked = [edge_id for edge_id in run.plan.edges if answered is None or edge_id in answered]
     updates, hashes, dropped = _read_updates(run, previous, round_index, asked)
     counted, refused, opposed = screen_updates(updates, run.config.aggregation, record.opposed)
@@ -82,9 +82,11 @@ def wire_dtype(config: FederationConfig) -> WireDtype:
     return "fp32" if config.exchange.dtype == "fp32" else "bf16"
 
 
-def update_record(store: ObjectStore, keys: RunKeys, round_index: int, edge_id: str) -> UpdateRecord | None:
+def update_record(
+    store: ObjectStore, keys: RunKeys, round_index: int, edge_id: str, signed_by: str | None = None
+) -> UpdateRecord | None:
     """What an edge returned from a round, or None."""
-    return get_record(store, keys.update_record(round_index, edge_id), UpdateRecord)
+    return get_record(store, keys.update_record(round_index, edge_id), UpdateRecord, signed_by)
 
 
 def _read_updates(
@@ -96,6 +98,7 @@ def _read_updates(
         try:
             record = _required_update(run, round_index, edge_id)
             hashes[edge_id] = record.adapter.sha256
+            _require(record, edge_id, run=run.keys.run, round=round_index, edge_id=edge_id)
             updates.append(_decode(run, previous, record))
         except FedPipeError as refusal:
             dropped[edge_id] = str(refusal)
@@ -103,22 +106,28 @@ def _read_updates(
 
 
 def _required_update(run: StoredRun, round_index: int, edge_id: str) -> UpdateRecord:
-    record = update_record(run.store, run.keys, round_index, edge_id)
+    record = update_record(run.store, run.keys, round_index, edge_id, run.config.edge_signs(edge_id))
     if record is not None:
         return record
     failure = get_record(run.store, run.keys.failure(round_index, edge_id), FailureRecord)
     raise UpdateRefusedError(failure.reason if failure else "no answer")
 
 
-def _decode(run: StoredRun, previous: Adapter, record: UpdateRecord) -> Update:
-    """Read an update and check that it belongs to this run, round and base and has the plan's shapes."""
-    current = get_record(run.store, run.keys.global_record(record.round), GlobalRecord)
-    started_from = current.adapter.sha256 if current else ""
-    expected = {"run": run.keys.run, "base_sha256": run.base_sha256, "global_sha256": started_from}
+def _require(record: UpdateRecord, asked: str, /, **expected: object) -> None:
+    """Refuse an update that says of itself what it should not, such as one copied from another round or edge."""
     for name, value in expected.items():
         if getattr(record, name) != value:
-            found = getattr(record, name)
-            raise UpdateRefusedError(f"{record.edge_id}: its update's {name} is {found[:16]}, needed {value[:16]}")
+            found = str(getattr(record, name))
+            raise UpdateRefusedError(f"{asked}: its update's {name} is {found[:16]}, needed {str(value)[:16]}")
+
+
+def _decode(run: StoredRun, previous: Adapter, record: UpdateRecord) -> Update:
+    """Read an update and check that it belongs to this base and adapter and has the plan's shapes."""
+    key, signed_by = run.keys.global_record(record.round), run.config.coordinator_signs
+    current = get_record(run.store, key, GlobalRecord, signed_by)
+    _require(
+        record, record.edge_id, base_sha256=run.base_sha256, global_sha256=current.adapter.sha256 if current else ""
+    )
     edge_plan = run.plan.edges[record.edge_id]
     start, _ = edge_start(run.config, edge_plan, previous, record.round)
     trained = decode_update(get_data(run.store, record.adapter), start)
@@ -130,4 +139,4 @@ def _decode(run: StoredRun, previous: Adapter, record: UpdateRecord) -> Update:
 def _before_previous(run: StoredRun, round_index: int) -> Adapter | None:
     if not run.config.aggregation.server_momentum or round_index == 1:
         return None
-    return read_global(run.store, run.keys, round_index - 1)[1]
+    return read_global(run.store, run.keys, round_index - 1, run.config.coordinator_signs)[1]

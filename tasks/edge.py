@@ -38,6 +38,7 @@ from fedpipe_core.schemas import (
     UpdateRecord,
 )
 from fedpipe_core.seeding import derive_seed
+from fedpipe_core.signatures import SigningKey
 from fedpipe_core.tokenizing import tokenize
 from fedpipe_core.training import TrainingReport, rate_factor, train
 from fedpipe_core.wire import decode_adapter, encode_adapter
@@ -71,11 +72,12 @@ def dense_base(config: FederationConfig) -> Base:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine gives an edge: threads, a limit on memory if any, a folder for what never leaves the edge."""
+    """What the machine gives an edge: threads, a limit on memory if any, a folder for what stays, a key if it signs."""
 
     threads: int = 1
     memory_bytes: int | None = None
     state: Path | None = None
+    signing_key: SigningKey | None = None
 
 
 class EdgeSession:
@@ -116,7 +118,7 @@ class EdgeSession:
 
     def _find_plan(self) -> FederationPlan | None:
         for key in (self.keys.plan, *self.store.list(self.keys.joined_plans)):
-            plan = get_record(self.store, key, FederationPlan)
+            plan = get_record(self.store, key, FederationPlan, self.config.coordinator_signs)
             if plan is not None and self.edge_id in plan.edges:
                 return plan
         return None
@@ -212,7 +214,7 @@ def profile(session: EdgeSession, shape: ModelShape) -> None:
         found = profile_edge(session.edge_id, session.profile_base, shape, session.data, session.config, link)
     if session.machine.memory_bytes is not None:
         found = found.model_copy(update={"memory_bytes": min(found.memory_bytes, session.machine.memory_bytes)})
-    put_record(session.store, key, found)
+    put_record(session.store, key, found, session.machine.signing_key)
     get_run_logger().info(
         "%s: %d examples, profiled in %.1f s", found.edge_id, found.num_examples, found.profile_seconds
     )
@@ -250,9 +252,11 @@ def link_bytes_per_second(store: ObjectStore, keys: RunKeys, edge_id: str) -> fl
     return 2 * LINK_PROBE_BYTES / seconds
 
 
-def read_global(store: ObjectStore, keys: RunKeys, round_index: int) -> tuple[GlobalRecord, Adapter]:
+def read_global(
+    store: ObjectStore, keys: RunKeys, round_index: int, signed_by: str | None = None
+) -> tuple[GlobalRecord, Adapter]:
     """The adapter a round starts from. Raises IntegrityError when it is missing or not what its record says."""
-    record = get_record(store, keys.global_record(round_index), GlobalRecord)
+    record = get_record(store, keys.global_record(round_index), GlobalRecord, signed_by)
     if record is None:
         raise IntegrityError(f"store {store.root}: {keys.global_record(round_index)} is missing; resume the run")
     return record, decode_adapter(get_data(store, record.adapter))
@@ -268,7 +272,7 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
     torch.set_num_threads(session.machine.threads)
     config, keys, plan = session.config, session.keys, session.plan
     started, started_at = time.perf_counter(), time.time()
-    record, adapter = read_global(session.store, keys, round_index)
+    record, adapter = read_global(session.store, keys, round_index, config.coordinator_signs)
     read_seconds = time.perf_counter() - started
     start, tail = edge_start(config, plan, adapter, round_index)
     load_adapter(session.model, start, tail)
@@ -297,7 +301,7 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
         download_bytes=record.adapter.size_bytes,
         metrics=metrics,
     )
-    put_record(session.store, keys.update_record(round_index, session.edge_id), update)
+    put_record(session.store, keys.update_record(round_index, session.edge_id), update, session.machine.signing_key)
     return update
 
 

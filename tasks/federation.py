@@ -21,7 +21,7 @@ from fedpipe_core.adapters import initial_adapter
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.data import Examples, label_names, load_examples, load_examples_and_column
 from fedpipe_core.dialogues import Dialogues
-from fedpipe_core.errors import ConfigError, DataError, PlanError, QuorumError
+from fedpipe_core.errors import ConfigError, DataError, PlanError, QuorumError, SignatureError
 from fedpipe_core.evaluation import WritingTask, predict
 from fedpipe_core.export import merge
 from fedpipe_core.model import Base, head_parameters, model_shape
@@ -37,6 +37,7 @@ from fedpipe_core.schemas import (
     UpdateRecord,
 )
 from fedpipe_core.seeding import random_generator
+from fedpipe_core.signatures import SigningKey
 from fedpipe_core.tokenizing import TokenizedExamples, tokenize, tokenize_prompts
 from fedpipe_core.wire import encode_adapter
 from tasks import progress
@@ -44,6 +45,7 @@ from tasks.aggregation import Combination, StoredRun, combine_updates, update_re
 from tasks.edge import dense_base, read_global
 from tasks.keys import is_key
 from tasks.records import RunKeys, get_record, put_data, put_record, recorded_edges
+from tasks.signing import signing_key
 from tasks.storage import ObjectStore
 
 
@@ -69,6 +71,11 @@ class Coordinator:
     @functools.cached_property
     def _examples(self) -> Examples | Dialogues:
         return load_examples(self.config.data.test, self.config.data)
+
+    @functools.cached_property
+    def signing_key(self) -> SigningKey | None:
+        """The key that signs what the coordinator says; None where nobody signs."""
+        return signing_key(self.config)
 
     @functools.cached_property
     def held_out(self) -> TokenizedExamples:
@@ -137,7 +144,7 @@ def open_federation(config: FederationConfig, store: ObjectStore, keys: RunKeys,
     if known is not None:
         _check_unchanged(known, record)
         return known
-    put_record(store, keys.federation, record)
+    put_record(store, keys.federation, record, signing_key(config))
     return record
 
 
@@ -161,9 +168,11 @@ def adopt_plan(coordinator: Coordinator, saved: SavedPlan) -> None:
     if expected != found or unknown:
         difference = f"edges {sorted(expected ^ found)}" if expected != found else f"modules {unknown[:3]}"
         raise PlanError(f"the saved plan and the config differ in {difference}; make a plan with this config")
+    signing_edges = {edge.edge_id for edge in coordinator.config.remote_edges if coordinator.signing_key}
     for edge_id, profile in saved.profiles.items():
-        put_record(coordinator.store, coordinator.keys.profile(edge_id), profile)
-    put_record(coordinator.store, coordinator.keys.plan, saved.plan)
+        if edge_id not in signing_edges:  # those measure again, since nobody else can sign for them
+            put_record(coordinator.store, coordinator.keys.profile(edge_id), profile, coordinator.signing_key)
+    put_record(coordinator.store, coordinator.keys.plan, saved.plan, coordinator.signing_key)
 
 
 @task(task_run_name="plan", cache_policy=NO_CACHE)
@@ -173,7 +182,7 @@ def plan(coordinator: Coordinator) -> FederationPlan:
     Raises PlanError when an edge has no feasible plan.
     """
     store, keys = coordinator.store, coordinator.keys
-    known = get_record(store, keys.plan, FederationPlan)
+    known = get_record(store, keys.plan, FederationPlan, coordinator.config.coordinator_signs)
     if known is not None:
         return known
     with progress.working("coordinator", "plan"):
@@ -181,18 +190,27 @@ def plan(coordinator: Coordinator) -> FederationPlan:
         found = plan_federation(coordinator.shape, profiles, coordinator.config)
     hashes = {edge_id: hashlib.sha256(store.get(keys.profile(edge_id))).hexdigest() for edge_id in profiles}
     found = found.model_copy(update={"profiles": hashes})
-    put_record(store, keys.plan, found)
+    put_record(store, keys.plan, found, coordinator.signing_key)
     return found
 
 
 def read_profiles(coordinator: Coordinator) -> dict[str, EdgeProfile]:
     """The profiles that are there, in the config's order of edges. An edge on a machine of its own may come later."""
-    keys = {edge.edge_id: coordinator.keys.profile(edge.edge_id) for edge in coordinator.config.edges}
-    found = {edge_id: get_record(coordinator.store, key, EdgeProfile) for edge_id, key in keys.items()}
+    found = {edge.edge_id: _usable_profile(coordinator, edge.edge_id) for edge in coordinator.config.edges}
     missing = [edge.edge_id for edge in coordinator.config.local_edges if found[edge.edge_id] is None]
     if missing:
         raise QuorumError(f"no profile from {', '.join(missing)}; look at that edge's log, then resume the run")
     return {edge_id: profile for edge_id, profile in found.items() if profile is not None}
+
+
+def _usable_profile(coordinator: Coordinator, edge_id: str) -> EdgeProfile | None:
+    """An edge's profile; None where there is none, or one that the edge did not sign."""
+    key, signed_by = coordinator.keys.profile(edge_id), coordinator.config.edge_signs(edge_id)
+    try:
+        return get_record(coordinator.store, key, EdgeProfile, signed_by)
+    except SignatureError as error:
+        progress.note(f"{edge_id}: {error}")
+        return None
 
 
 @task(task_run_name="publish the first adapter", cache_policy=NO_CACHE)
@@ -214,7 +232,8 @@ def aggregate_round(coordinator: Coordinator, federation_plan: FederationPlan, r
 
     Raises QuorumError, leaving the round open, when fewer than `min_edges` count.
     """
-    known = get_record(coordinator.store, coordinator.keys.global_record(round_index + 1), GlobalRecord)
+    key, signed_by = coordinator.keys.global_record(round_index + 1), coordinator.config.coordinator_signs
+    known = get_record(coordinator.store, key, GlobalRecord, signed_by)
     if known is not None:
         return known
     run = StoredRun(coordinator.config, coordinator.store, coordinator.keys, coordinator.base.sha256, federation_plan)
@@ -227,7 +246,8 @@ def aggregate_round(coordinator: Coordinator, federation_plan: FederationPlan, r
 @task(task_run_name="round {round_index} evaluate", cache_policy=NO_CACHE)
 def evaluate(coordinator: Coordinator, round_index: int, whole: bool) -> Answers:
     """Judge what `round_index` starts from on the held-out set, or on the configured share of it."""
-    _, adapter = read_global(coordinator.store, coordinator.keys, round_index)
+    signed_by = coordinator.config.coordinator_signs
+    _, adapter = read_global(coordinator.store, coordinator.keys, round_index, signed_by)
     share = None if whole else _share(coordinator.held_out, coordinator.config)
     with progress.working("coordinator", "evaluate"):
         model = merge(coordinator.base.model, adapter)  # what would be released now
@@ -308,7 +328,7 @@ def _publish_adapter(coordinator: Coordinator, round_index: int, found: Combinat
         opposed=found.opposed,
         ranks=found.ranks,
     )
-    put_record(coordinator.store, keys.global_record(round_index), record)
+    put_record(coordinator.store, keys.global_record(round_index), record, coordinator.signing_key)
     return record
 
 

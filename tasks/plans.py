@@ -7,7 +7,7 @@ modules the others share, whose plans stay as they are; so nothing starts anew.
 import hashlib
 from pathlib import PurePosixPath
 
-from fedpipe_core.errors import ObjectMissingError, PlanError
+from fedpipe_core.errors import IntegrityError, ObjectMissingError, PlanError
 from fedpipe_core.planning import plan_federation
 from fedpipe_core.schemas import EdgePlan, EdgeProfile, FederationPlan, ModelShape
 from tasks import progress
@@ -21,11 +21,11 @@ def plan_keys(store: ObjectStore, keys: RunKeys) -> dict[int, str]:
     return {0: keys.plan} | {int(PurePosixPath(key).stem): key for key in store.list(keys.joined_plans)}
 
 
-def plan_at(store: ObjectStore, keys: RunKeys, round_index: int) -> FederationPlan:
+def plan_at(store: ObjectStore, keys: RunKeys, round_index: int, signed_by: str | None = None) -> FederationPlan:
     """The plan that holds in a round. Raises ObjectMissingError when there is none."""
     plans = plan_keys(store, keys)
     newest = max(first for first in plans if first <= round_index)
-    found = get_record(store, plans[newest], FederationPlan)
+    found = get_record(store, plans[newest], FederationPlan, signed_by)
     if found is None:
         raise ObjectMissingError(f"store {store.root}: there is no object {plans[newest]}; resume the run")
     return found
@@ -34,7 +34,7 @@ def plan_at(store: ObjectStore, keys: RunKeys, round_index: int) -> FederationPl
 def plan_round(coordinator: Coordinator, round_index: int) -> FederationPlan:
     """The plan for an open round, with every edge whose profile has come by now."""
     store, keys = coordinator.store, coordinator.keys
-    plan = plan_at(store, keys, round_index)
+    plan = plan_at(store, keys, round_index, coordinator.config.coordinator_signs)
     listed = {edge.edge_id for edge in coordinator.config.remote_edges}
     joining = sorted(listed.intersection(recorded_edges(store, keys.profiles)) - set(plan.edges)) if listed else []
     if not joining or store.exists(keys.joined_plan(round_index)):
@@ -43,18 +43,18 @@ def plan_round(coordinator: Coordinator, round_index: int) -> FederationPlan:
     for edge_id in joining:
         try:
             joined = _with_edge(coordinator, joined, edge_id)
-        except PlanError as error:
+        except (PlanError, IntegrityError) as error:
             progress.note(f"{edge_id} cannot join round {round_index}: {error}")
             continue
         progress.note(f"{edge_id} joins in round {round_index}")
     if joined is not plan:
-        put_record(store, keys.joined_plan(round_index), joined)
+        put_record(store, keys.joined_plan(round_index), joined, coordinator.signing_key)
     return joined
 
 
 def _with_edge(coordinator: Coordinator, plan: FederationPlan, edge_id: str) -> FederationPlan:
     store, key = coordinator.store, coordinator.keys.profile(edge_id)
-    profile = get_record(store, key, EdgeProfile)
+    profile = get_record(store, key, EdgeProfile, coordinator.config.edge_signs(edge_id))
     if profile is None:
         raise PlanError(f"{edge_id}: its profile {key} is gone; profile the edge again")
     content = hashlib.sha256(store.get(key)).hexdigest()

@@ -5,6 +5,7 @@ is left to `tasks.storage`; whether an adapter's shapes and values are usable is
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from fedpipe_core.errors import IntegrityError, ObjectMissingError, RunError
 from fedpipe_core.schemas import DataReference, Record, RoundRecord
+from fedpipe_core.signatures import SigningKey, sign_record, unsigned, verify_record
 from tasks.storage import ObjectStore
 
 R = TypeVar("R", bound=Record)
@@ -164,9 +166,14 @@ def get_data_file(store: ObjectStore, reference: DataReference, path: Path) -> N
         raise
 
 
-def put_record(store: ObjectStore, key: str, record: Record) -> None:
-    """Write a record once. Repeating it is fine; raises RunError when another one stands there."""
+def put_record(store: ObjectStore, key: str, record: Record, signer: SigningKey | None = None) -> None:
+    """Write a record once, signed if a key is given.
+
+    Repeating it is fine; raises RunError when another one stands there.
+    """
     content = record.model_dump_json(indent=1).encode()
+    if signer is not None:
+        content = json.dumps(sign_record(json.loads(content), key, signer), indent=1).encode()
     if not store.put_new(key, content) and store.get(key) != content:
         raise RunError(
             f"store {store.root}: {key} was written before with other content, and a record is never changed; "
@@ -179,20 +186,33 @@ def offer_record(store: ObjectStore, key: str, record: Record) -> bool:
     return store.put_new(key, record.model_dump_json(indent=1).encode())
 
 
-def get_record(store: ObjectStore, key: str, kind: type[R]) -> R | None:
-    """Read a record, or None when it is not there yet. Raises IntegrityError when it is no record of that kind."""
+def get_record(store: ObjectStore, key: str, kind: type[R], signed_by: str | None = None) -> R | None:
+    """Read a record, or None when it is not there yet. With `signed_by` it must be signed with that public key.
+
+    Raises IntegrityError when it is no record of that kind, SignatureError when it is not signed as it must be.
+    """
     try:
-        content = store.get(key)
+        document = json.loads(store.get(key))
     except ObjectMissingError:
         return None
+    except ValueError as error:
+        raise _damaged(store, key, kind, f"it is no JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise _damaged(store, key, kind, f"it holds {type(document).__name__}")
+    if signed_by is not None:
+        verify_record(document, key, signed_by)
     try:
-        return kind.model_validate_json(content)
+        return kind.model_validate(unsigned(document))
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))} {fault['msg']}".strip() for fault in error.errors())
-        raise IntegrityError(
-            f"store {store.root}: {key} is no {kind.__name__} ({faults}); it was damaged or written by another "
-            "version of FedPipe: remove it to have it made again"
-        ) from error
+        raise _damaged(store, key, kind, faults) from error
+
+
+def _damaged(store: ObjectStore, key: str, kind: type[R], faults: str) -> IntegrityError:
+    return IntegrityError(
+        f"store {store.root}: {key} is no {kind.__name__} ({faults}); it was damaged or written by another "
+        "version of FedPipe: remove it to have it made again"
+    )
 
 
 def _check(store: ObjectStore, reference: DataReference, size_bytes: int, sha256: str) -> None:

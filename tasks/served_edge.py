@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from fedpipe_core.config import FederationConfig
-from fedpipe_core.edge_config import EdgeConfig, config_at_edge
+from fedpipe_core.edge_config import EdgeConfig, config_at_edge, signing_key_at_edge
 from fedpipe_core.errors import ConfigError, ModelError, UpdateRefusedError
 from fedpipe_core.schemas import FederationRecord
 from tasks.edge import EdgeSession, Machine, StoppedError
@@ -29,14 +29,15 @@ def open_session(own: EdgeConfig, run: str, address: str) -> tuple[EdgeSession, 
 
     Raises ConfigError when the run is not in the store, or does not want this edge.
     """
-    _choose_device(own)
+    choose_device(own)
     store, keys = open_store(own.store or address, write=False), RunKeys(run)
-    record = get_record(store, keys.federation, FederationRecord)
+    record = get_record(store, keys.federation, FederationRecord, own.coordinator_key)
     if record is None:
         raise ConfigError(f"{own.edge_id}: run {run} is not in {store.root}; correct `store` in edge.yaml")
     config = config_at_edge(FederationConfig.model_validate(record.config), own)
     spec = next(edge for edge in config.edges if edge.edge_id == own.edge_id)
-    machine = Machine(own.threads or torch.get_num_threads(), own.memory_bytes, Path(own.state))
+    key = signing_key_at_edge(config, own)
+    machine = Machine(own.threads or torch.get_num_threads(), own.memory_bytes, Path(own.state), key)
     return EdgeSession(config, spec, store, keys, machine), record
 
 
@@ -140,7 +141,8 @@ def _ending_of(error: BaseException | None) -> Ending:
     return "failed" if isinstance(error, Exception) else "left"
 
 
-def _choose_device(own: EdgeConfig) -> None:
+def choose_device(own: EdgeConfig) -> None:
+    """Hide the GPU from an edge that says `cpu`. Raises ConfigError where it says `cuda` and there is none."""
     if own.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif own.device == "cuda" and not torch.cuda.is_available():

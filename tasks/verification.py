@@ -125,7 +125,7 @@ def _verify_round(run: StoredRun, index: int, at_fault: set[str]) -> tuple[Round
 def _recompute(run: StoredRun, index: int, made: GlobalRecord) -> tuple[str | None, list[Fault]]:
     subject = f"round {index}"
     try:
-        planned = replace(run, plan=plan_at(run.store, run.keys, index))
+        planned = replace(run, plan=plan_at(run.store, run.keys, index, run.config.coordinator_signs))
         again = combine_updates(planned, index, answered={*made.counted, *made.refused})
     except FedPipeError as error:
         return None, [Fault(subject=subject, found=f"cannot be computed again: {error}")]

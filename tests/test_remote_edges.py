@@ -8,12 +8,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import boto3
 import httpx
 import psutil
 import pytest
 from commands import Outcome, command_line, running
-from remote_federation import deployed_server, edge_workers, edges_of
+from prefect_processes import running as worker_running
+from remote_federation import Keys, deployed_server, edge_workers, federation_keys
+from s3_servers import moto_server
 from tiny_federation import EDGES, write_config, write_federation
+
+from flows.deployed import read_config
 
 pytestmark = pytest.mark.slow
 
@@ -24,25 +29,37 @@ FAST = {"rounds": ROUNDS, "remote.poll_seconds": 0.1, "remote.lease_seconds": 8}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A Prefect server with the deployments of prefect.yaml, and one MLflow database for all runs."""
-    folder = tmp_path_factory.mktemp("server")
-    with deployed_server(folder) as environment:
-        yield environment | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    """Keys of the coordinator and the edges."""
+    return Keys(tmp_path_factory.mktemp("keys"))
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny federation two of whose edges have machines of their own."""
+def server(tmp_path_factory: pytest.TempPathFactory, keys: Keys) -> Iterator[dict[str, str]]:
+    """A Prefect server with the deployments of prefect.yaml, an S3 server, and one MLflow database for all runs."""
+    folder = tmp_path_factory.mktemp("server")
+    with deployed_server(folder) as environment, moto_server() as address:
+        yield environment | {
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+            "FEDPIPE_SIGNING_KEY": str(keys.path("coordinator")),
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "tests",
+            "AWS_SECRET_ACCESS_KEY": "tests",
+        }
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory, keys: Keys) -> Path:
+    """A tiny federation two of whose edges have machines of their own; whoever writes to its store signs."""
     folder = tmp_path_factory.mktemp("federation")
-    write_federation(folder, edges=edges_of(REMOTE), **FAST)
+    write_federation(folder, **federation_keys(REMOTE, keys), **FAST)
     return folder
 
 
 @pytest.fixture(scope="module")
-def workers(server: dict[str, str], federation: Path) -> Iterator[dict[str, Path]]:
+def workers(server: dict[str, str], federation: Path, keys: Keys) -> Iterator[dict[str, Path]]:
     """A worker for each of those edges."""
-    with edge_workers(server, federation, REMOTE) as logs:
+    with edge_workers(server, federation, REMOTE, keys) as logs:
         yield logs
 
 
@@ -63,17 +80,17 @@ def finish(environment: dict[str, str], folder: Path, name: str, *more: object) 
 def undisturbed(server: dict[str, str], federation: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the same federation comes to with all edges in one process."""
     folder = tmp_path_factory.mktemp("local")
-    write_federation(folder, edges=edges_of(()), **FAST)
+    write_federation(folder, **FAST)
     outcome = finish(server, folder, "local")
     assert outcome.exit_code == 0, outcome.stderr
     return outcome.document
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_until(path: Path, process: subprocess.Popen[str] | None = None) -> None:
     """Wait until an object is in the store."""
     deadline = time.monotonic() + RUN_SECONDS
     while not path.exists():
-        assert process.poll() is None, "the command ended before the object was there"
+        assert process is None or process.poll() is None, "the command ended before the object was there"
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.005)
 
@@ -121,7 +138,7 @@ def test_killed_coordinator_finds_its_edges_again_and_repeats_nothing(
 ) -> None:
     store = federation / "out/store/killed"
     with running(server, federation, *run_arguments(federation, "killed")) as process:
-        wait_for(store / "rounds/0002/global.json", process)
+        wait_until(store / "rounds/0002/global.json", process)
         time.sleep(random.uniform(0, 1))
         process.kill()
     seen = records(store)
@@ -137,7 +154,7 @@ def test_killed_edge_is_started_again_and_the_run_ends_in_the_same_bytes(
 ) -> None:
     store = federation / "out/store/maimed"
     with running(server, federation, *run_arguments(federation, "maimed")) as process:
-        wait_for(store / "rounds/0002/updates/east.json", process)
+        wait_until(store / "rounds/0002/updates/east.json", process)
         edge_processes()["east"].kill()
         stdout, _ = process.communicate(timeout=RUN_SECONDS)
     assert process.returncode == 0, (federation / "stderr").read_text()
@@ -151,7 +168,7 @@ def test_interrupted_coordinator_stops_every_edge_within_30_seconds(
 ) -> None:
     store = federation / "out/store/stopped"
     with running(server, federation, *run_arguments(federation, "stopped")) as process:
-        wait_for(store / "rounds/0001/updates/west.json", process)
+        wait_until(store / "rounds/0001/updates/west.json", process)
         served = edge_processes()
         assert set(served) == set(REMOTE)
         interrupted = time.monotonic()
@@ -162,12 +179,44 @@ def test_interrupted_coordinator_stops_every_edge_within_30_seconds(
     assert not alive
 
 
-def test_edge_that_never_appears_is_named_and_the_quorum_goes_on(
-    server: dict[str, str], federation: Path, workers: dict[str, Path], tmp_path: Path
+def test_edges_meet_their_coordinator_on_s3(
+    server: dict[str, str], federation: Path, workers: dict[str, Path], undisturbed: dict[str, Any]
 ) -> None:
-    write_config(federation, edges=edges_of(EDGES), **FAST | {"rounds": 1, "remote.start_seconds": 40, "min_edges": 2})
-    outcome = finish(server, federation, "without-north", "--set", "name=quorum")
-    write_config(federation, edges=edges_of(REMOTE), **FAST)
+    s3 = boto3.client("s3", region_name="us-east-1", endpoint_url=server["AWS_ENDPOINT_URL"])
+    s3.create_bucket(Bucket="federations")
+    outcome = finish(server, federation, "cloud", "--set", "store=s3://federations/here")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.document["adapter_sha256"] == undisturbed["adapter_sha256"]
+
+
+def test_run_cancelled_in_the_ui_stops_every_edge_within_30_seconds(
+    server: dict[str, str], federation: Path, workers: dict[str, Path]
+) -> None:
+    config = read_config(str(federation / "federation.yaml"))["config"]
+    with (
+        worker_running(["worker", "start", "--pool", "fedpipe"], server, federation / "coordinator.log"),
+        httpx.Client(base_url=server["PREFECT_API_URL"]) as api,
+    ):
+        deployment = api.get("/deployments/name/federated_finetune/intents", timeout=30).json()["id"]
+        parameters = {"config": config, "run": "cancelled", "release": False}
+        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        created = api.post(f"/deployments/{deployment}/create_flow_run", json=body, timeout=30).raise_for_status()
+        wait_until(federation / "out/store/cancelled/rounds/0001/updates/west.json")
+        served = edge_processes()
+        assert set(served) == set(REMOTE)
+        cancelling = {"state": {"type": "CANCELLING"}}
+        api.post(f"/flow_runs/{created.json()['id']}/set_state", json=cancelling, timeout=30).raise_for_status()
+        _, alive = psutil.wait_procs(list(served.values()), timeout=30)
+    assert not alive
+
+
+def test_edge_that_never_appears_is_named_and_the_quorum_goes_on(
+    server: dict[str, str], federation: Path, workers: dict[str, Path], keys: Keys
+) -> None:
+    limits = {"rounds": 1, "remote.start_seconds": 40, "min_edges": 2}
+    write_config(federation, **federation_keys(EDGES, keys), **FAST | limits)
+    outcome = finish(server, federation, "without-north")
+    write_config(federation, **federation_keys(REMOTE, keys), **FAST)
     assert outcome.exit_code == 0, outcome.stderr
     assert outcome.document["rounds"][0]["participants"] == ["east", "west"]
     assert "north is planned for when its profile comes: did not start within 40 s" in outcome.stderr

@@ -125,3 +125,26 @@ def test_text_that_is_written_may_decide_promotion() -> None:
     evaluation = {"generate": {"metrics": ["bleu"]}}
     config = parse_config(document(**WRITER, evaluation=evaluation, release={"metric": "bleu"}))
     assert config.release.metric == "bleu"
+
+
+def test_edges_on_machines_of_their_own_need_a_word_on_signing() -> None:
+    edges = [{"edge_id": "east", "work_pool": "edges"}]
+    with pytest.raises(ConfigError, match=r"signing.mode is missing, which edges with a work_pool need"):
+        parse_config(document(edges=edges))
+    assert parse_config(document(edges=edges, signing={"mode": "off"})).coordinator_signs is None
+
+
+def test_signing_needs_every_remote_edges_key_and_the_coordinators() -> None:
+    edges = [{"edge_id": "east", "work_pool": "edges"}, {"edge_id": "west"}]
+    with pytest.raises(ConfigError, match=r"(?s)signing.coordinator_key is missing.*edge 'east' has no public_key"):
+        parse_config(document(edges=edges, signing={"mode": "required"}))
+
+
+def test_rows_of_remote_edges_are_not_in_the_config_and_those_of_local_ones_are() -> None:
+    data = {"test": "test.jsonl", "labels": 3}
+    remote, local = {"edge_id": "east", "work_pool": "edges"}, {"edge_id": "west"}
+    assert parse_config(document(edges=[remote], data=data, signing={"mode": "off"})).local_edges == ()
+    with pytest.raises(ConfigError, match=r"data.train is missing, the rows of edge 'west'"):
+        parse_config(document(edges=[remote, local], data=data, signing={"mode": "off"}))
+    with pytest.raises(ConfigError, match="edge 'west' names work_queue 'q' but no work_pool"):
+        parse_config(document(edges=[local | {"work_queue": "q"}]))

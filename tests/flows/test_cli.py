@@ -40,7 +40,7 @@ def test_core_imports_no_orchestrator_tracker_or_store_sdk() -> None:
 def test_help_lists_every_command(fedpipe: Command) -> None:
     outcome = fedpipe("--help")
     assert outcome.exit_code == 0
-    for command in ("run", "plan", "status", "release", "rollback", "schema"):
+    for command in ("run", "plan", "status", "release", "rollback", "schema", "edge"):
         assert f"\n  {command} " in outcome.stdout
 
 

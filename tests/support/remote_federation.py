@@ -9,6 +9,8 @@ import yaml
 from prefect_processes import call, prefect_server, running
 from tiny_federation import EDGES, RESOURCES
 
+from fedpipe_core.signatures import new_key, save_key
+
 ROOT = Path(__file__).parents[2]
 POOL = "edges"
 
@@ -23,12 +25,31 @@ def deployed_server(home: Path) -> Iterator[dict[str, str]]:
         yield environment
 
 
-def edges_of(remote: Sequence[str]) -> list[dict[str, Any]]:
-    """The edges of the tiny federation, those named on machines of their own."""
-    return [
-        {"edge_id": edge_id, "resources": dict(RESOURCES), **({"work_pool": POOL} if edge_id in remote else {})}
+class Keys:
+    """Private keys of the coordinator and of every edge, in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.public = {name: self._make(name) for name in ("coordinator", *EDGES)}
+
+    def path(self, name: str) -> Path:
+        """File of a private key."""
+        return self.folder / f"{name}.pem"
+
+    def _make(self, name: str) -> str:
+        key = new_key()
+        save_key(key, self.path(name))
+        return key.public
+
+
+def federation_keys(remote: Sequence[str], keys: Keys) -> dict[str, Any]:
+    """Changes to the tiny federation's config: the edges named are on machines of their own, and sign."""
+    edges = [
+        {"edge_id": edge_id, "resources": dict(RESOURCES)}
+        | ({"work_pool": POOL, "public_key": keys.public[edge_id]} if edge_id in remote else {})
         for edge_id in EDGES
     ]
+    return {"edges": edges, "signing": {"mode": "required", "coordinator_key": keys.public["coordinator"]}}
 
 
 def write_edge_config(folder: Path, edge_id: str, rows: Path, **changes: Any) -> Path:
@@ -49,14 +70,14 @@ def edge_worker(environment: dict[str, str], config: Path, edge_id: str) -> Iter
 
 
 @contextmanager
-def edge_workers(environment: dict[str, str], folder: Path, edges: Sequence[str]) -> Iterator[dict[str, Path]]:
+def edge_workers(
+    environment: dict[str, str], folder: Path, edges: Sequence[str], keys: Keys
+) -> Iterator[dict[str, Path]]:
     """Workers for several edges, whose rows lie in `folder` under their names; their logs by edge."""
     with ExitStack() as stack:
-        yield {
-            edge_id: stack.enter_context(
-                edge_worker(
-                    environment, write_edge_config(folder / "edges", edge_id, folder / f"{edge_id}.jsonl"), edge_id
-                )
-            )
-            for edge_id in edges
-        }
+        logs = {}
+        for edge_id in edges:
+            secrets = {"key": str(keys.path(edge_id)), "coordinator_key": keys.public["coordinator"]}
+            config = write_edge_config(folder / "edges", edge_id, folder / f"{edge_id}.jsonl", **secrets)
+            logs[edge_id] = stack.enter_context(edge_worker(environment, config, edge_id))
+        yield logs

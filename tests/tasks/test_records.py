@@ -121,8 +121,8 @@ def test_record_may_be_repeated_but_never_changed(store: ObjectStore) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "EOF"),
-        (b'{"run": "intents-1"', "EOF"),
+        (b"", "it is no JSON"),
+        (b'{"run": "intents-1"', "it is no JSON"),
         (b"\xff\xfe", "a is no FailureRecord"),
         (b'{"run": "intents-1"}', "round Field required; edge_id Field required"),
         (failure().model_dump_json().replace("}", ',"more":1}').encode(), "more Extra inputs"),
