@@ -381,10 +381,12 @@ def _rule_faults(config: FederationConfig) -> list[str]:
 
 def _task_faults(config: FederationConfig) -> list[str]:
     classifies, data = config.model.task == "sequence-classification", config.data
-    needed = "label" if classifies else "completion"
     faults = []
-    if data.format != needed:
+    if classifies != (data.format == "label"):
+        needed = "label" if classifies else "completion, messages, instruction or text"
         faults.append(f"data.format is {data.format}, but model.task {config.model.task} reads rows of format {needed}")
+    if data.format == "text" and config.evaluation.generate is not None:
+        faults.append("evaluation.generate needs prompts, which data.format text has not")
     if classifies and data.labels is None:
         faults.append("data.labels, the number of labels, is missing")
     metrics = _metrics(config)

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from fedpipe_core.config_base import Bits, Spec
 
 Task = Literal["sequence-classification", "causal-lm"]
-DataFormat = Literal["label", "completion"]
+DataFormat = Literal["label", "completion", "messages", "instruction", "text"]
 GenerationMetric = Literal["bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match"]
 
 
@@ -72,10 +72,12 @@ class DataSpec(Spec):
     test: str = Field(description="Held-out rows at the coordinator, on which every round is judged")
     format: DataFormat = Field(
         "label",
-        description="What a row is: `label`, a text with its label (for sequence-classification); `completion`, a "
-        "prompt and what shall follow it (for causal-lm)",
+        description="What a row is: `label`, a text with its label (for sequence-classification); for causal-lm "
+        "`completion`, a prompt and what shall follow it, `messages`, a conversation that the tokenizer's chat "
+        "template renders, `instruction`, an instruction with an input or none and its output, rendered as Alpaca "
+        "does, or `text`, learned as a whole",
     )
-    text_column: str = Field("text", description="Column with the text (for `format: label`)")
+    text_column: str = Field("text", description="Column with the text (for `format: label` and `text`)")
     label_column: str = Field(
         "label", description="Column with the label: an integer from 0 to labels - 1 (for `format: label`)"
     )
@@ -87,7 +89,22 @@ class DataSpec(Spec):
     completion_column: str = Field(
         "completion", description="Column with what shall follow the prompt (for `format: completion`)"
     )
-    separator: str = Field("\n", description="Text between prompt and completion; part of the prompt")
+    separator: str = Field(
+        "\n", description="Text between prompt and completion; part of the prompt (for `format: completion`)"
+    )
+    messages_column: str = Field(
+        "messages",
+        description="Column with a list of {role, content}, role being system, user or assistant; what the assistant "
+        "says is learned (for `format: messages`)",
+    )
+    instruction_column: str = Field("instruction", description="Column with the task (for `format: instruction`)")
+    input_column: str = Field(
+        "input", description="Column with what the task is about; may be missing or empty (for `format: instruction`)"
+    )
+    output_column: str = Field("output", description="Column with the answer (for `format: instruction`)")
+    on_bad_row: Literal["fail", "skip"] = Field(
+        "fail", description="Whether a row that cannot be used ends the run, or is left out and counted in the log"
+    )
     references_column: str | None = Field(
         None,
         description="Column of the test file with a list of all right answers, by which generated text is judged; "

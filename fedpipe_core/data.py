@@ -7,6 +7,7 @@ coordinator; a wrong label does, shortened.
 """
 
 import hashlib
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,8 @@ from fedpipe_core.dialogues import DIALOGUE_FORMATS, Dialogues, Values, collect_
 from fedpipe_core.errors import DataError
 from fedpipe_core.row_faults import first_faults, quoted, shorten, text_fault
 from fedpipe_core.rows import Row, read_rows
+
+_log = logging.getLogger(__name__)
 
 
 class ExampleSet(Protocol):
@@ -145,27 +148,34 @@ def _positions_within_label(labels: Sequence[int], digests: Sequence[bytes]) -> 
 
 
 def _usable_rows(path: str | Path, spec: DataSpec, extra_columns: Sequence[str]) -> list[Values]:
-    """The values of every row. Raises DataError when a row cannot be used."""
+    """The values of every row that can be used. Raises DataError when one cannot, unless the config skips such rows."""
     needed = _label_columns(spec) if spec.format == "label" else DIALOGUE_FORMATS[spec.format].columns(spec)
-    columns, faults = [*needed, *extra_columns], []
-    usable: list[Values] = []
-    for number, row in enumerate(read_rows(path)):
-        if number == 0:
+    columns, usable = [*needed, *extra_columns], list[Values]()
+    faults: list[str] = []
+    skips = spec.on_bad_row == "skip"
+    for row in read_rows(path, tolerant=skips):
+        if not usable and not faults:
             _require_columns(row, columns, path)
-        fault = _fault_of(row.values, columns, spec)
+        fault = row.fault or _fault_of(row.values, columns, spec)
         if fault:
             faults.append(f"{row.place}: {fault}")
         else:
             usable.append(row.values)
     if faults:
-        rows = "1 unusable row" if len(faults) == 1 else f"{len(faults)} unusable rows"
-        raise DataError(f"{path} has {rows}: {first_faults(faults)}; correct or remove them")
+        _report(path, faults, len(usable) if skips else 0)
     return usable
+
+
+def _report(path: str | Path, faults: Sequence[str], usable: int) -> None:
+    rows = "1 unusable row" if len(faults) == 1 else f"{len(faults)} unusable rows"
+    if not usable:
+        raise DataError(f"{path} has {rows}: {first_faults(faults)}; correct or remove them")
+    _log.warning("%s has %s among %d, left out: %s", path, rows, usable + len(faults), first_faults(faults))
 
 
 def _require_columns(row: Row, columns: Sequence[str], path: str | Path) -> None:
     missing = [column for column in columns if column not in row.values]
-    if missing:
+    if missing and not row.fault:
         found = [str(name) for name in row.values]
         nearest = get_close_matches(missing[0], found, n=1)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""

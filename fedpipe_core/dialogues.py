@@ -14,6 +14,18 @@ from fedpipe_core.row_faults import string_fault, text_fault
 
 Role = Literal["system", "user", "assistant"]
 Values = Mapping[str, Any]
+ROLES = ("system", "user", "assistant")
+
+# The forms of Stanford Alpaca, on which most instruction data sets are trained (github.com/tatsu-lab/stanford_alpaca).
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
 
 
 class Turn(NamedTuple):
@@ -27,11 +39,13 @@ class Turn(NamedTuple):
 class Dialogues:
     """Dialogues that end with an assistant's turn, and every right text for that turn.
 
-    Shared between readers: not to be changed in place.
+    `templated` ones are rendered by the tokenizer's chat template, others are their turns one behind the other. Shared
+    between readers: not to be changed in place.
     """
 
     turns: list[tuple[Turn, ...]]
     references: list[tuple[str, ...]]
+    templated: bool = False
 
     def __len__(self) -> int:
         return len(self.turns)
@@ -39,7 +53,7 @@ class Dialogues:
     def select(self, indices: Iterable[int]) -> "Dialogues":
         """The rows at `indices`, in that order."""
         chosen = list(indices)
-        return Dialogues([self.turns[i] for i in chosen], [self.references[i] for i in chosen])
+        return Dialogues([self.turns[i] for i in chosen], [self.references[i] for i in chosen], self.templated)
 
     @property
     def strata(self) -> Sequence[int]:
@@ -67,7 +81,8 @@ def dialogue_fault(values: Values, spec: DataSpec) -> str | None:
 def collect_dialogues(rows: Sequence[Values], spec: DataSpec) -> Dialogues:
     """The dialogues of rows without fault."""
     turns = [DIALOGUE_FORMATS[spec.format].turns(values, spec) for values in rows]
-    return Dialogues(turns, [_references(values, said, spec) for values, said in zip(rows, turns, strict=True)])
+    references = [_references(values, said, spec) for values, said in zip(rows, turns, strict=True)]
+    return Dialogues(turns, references, templated=spec.format == "messages")
 
 
 def _completion_columns(spec: DataSpec) -> list[str]:
@@ -97,16 +112,76 @@ def _references(values: Values, turns: tuple[Turn, ...], spec: DataSpec) -> tupl
     return tuple(values.get(spec.references_column or "") or (turns[-1].content,))
 
 
+def _messages_columns(spec: DataSpec) -> list[str]:
+    return [spec.messages_column]
+
+
+def _messages_fault(values: Values, spec: DataSpec) -> str | None:
+    name, messages = spec.messages_column, values[spec.messages_column]
+    if not isinstance(messages, list):
+        return f"{name!r} is {type(messages).__name__}, needed a list of messages"
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            return f"message {number} of {name!r} has no role of {', '.join(ROLES)}"
+        if fault := string_fault(message.get("content"), f"the content of message {number} of {name!r}"):
+            return fault
+    if not any(message["role"] == "assistant" for message in messages):
+        return f"{name!r} has no message of the assistant, so there is nothing to learn"
+    return None
+
+
+def _messages_turns(values: Values, spec: DataSpec) -> tuple[Turn, ...]:
+    """All up to the assistant's last message; what a user said after it is never answered."""
+    turns = [Turn(message["role"], message["content"]) for message in values[spec.messages_column]]
+    last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
+    return tuple(turns[: last + 1])
+
+
+def _instruction_columns(spec: DataSpec) -> list[str]:
+    return [spec.instruction_column, spec.output_column]
+
+
+def _instruction_fault(values: Values, spec: DataSpec) -> str | None:
+    given = values.get(spec.input_column) or ""
+    wrong = None if isinstance(given, str) and not given.strip() else string_fault(given, repr(spec.input_column))
+    return text_fault(values, spec.instruction_column) or text_fault(values, spec.output_column) or wrong
+
+
+def _instruction_turns(values: Values, spec: DataSpec) -> tuple[Turn, ...]:
+    given = (values.get(spec.input_column) or "").strip()
+    form = ALPACA_WITH_INPUT if given else ALPACA
+    prompt = form.format(instruction=values[spec.instruction_column], input=given)
+    return Turn("user", prompt), Turn("assistant", values[spec.output_column])
+
+
+def _text_columns(spec: DataSpec) -> list[str]:
+    return [spec.text_column]
+
+
+def _text_fault(values: Values, spec: DataSpec) -> str | None:
+    return text_fault(values, spec.text_column)
+
+
+def _text_turns(values: Values, spec: DataSpec) -> tuple[Turn, ...]:
+    return (Turn("assistant", values[spec.text_column]),)
+
+
 def chat_template(spec: DataSpec) -> str | None:
     """The Jinja template that renders a dialogue as training did, for the released tokenizer; None to keep its own."""
-    if spec.format != "completion":
+    if spec.format == "completion":
+        before, behind = "", spec.separator
+    elif spec.format == "instruction":
+        before, behind = ALPACA.split("{instruction}")
+    else:
         return None
-    behind = (
-        "{% if message['role'] == 'user' %}{{ " + json.dumps(spec.separator) + " }}{% else %}{{ eos_token }}{% endif %}"
-    )
-    return "{{ bos_token }}{% for message in messages %}{{ message['content'] }}" + behind + "{% endfor %}"
+    user = "{{ " + json.dumps(before) + " }}{{ message['content'] }}{{ " + json.dumps(behind) + " }}"
+    said = "{% if message['role'] == 'user' %}" + user + "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}"
+    return "{{ bos_token }}{% for message in messages %}" + said + "{% endfor %}"
 
 
 DIALOGUE_FORMATS: dict[str, DialogueFormat] = {
     "completion": DialogueFormat(_completion_columns, _completion_fault, _completion_turns),
+    "messages": DialogueFormat(_messages_columns, _messages_fault, _messages_turns),
+    "instruction": DialogueFormat(_instruction_columns, _instruction_fault, _instruction_turns),
+    "text": DialogueFormat(_text_columns, _text_fault, _text_turns),
 }

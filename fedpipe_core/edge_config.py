@@ -24,6 +24,10 @@ class EdgeDataSpec(Spec):
     label_column: str | None = Field(None, description="Column with the label; the federation's when left out")
     prompt_column: str | None = Field(None, description="Column with the prompt; the federation's when left out")
     completion_column: str | None = Field(None, description="Column with what follows; the federation's when left out")
+    messages_column: str | None = Field(None, description="Column with the messages; the federation's when left out")
+    instruction_column: str | None = Field(None, description="Column with the task; the federation's when left out")
+    input_column: str | None = Field(None, description="Column with the input; the federation's when left out")
+    output_column: str | None = Field(None, description="Column with the answer; the federation's when left out")
 
 
 class EdgeConfig(Spec):

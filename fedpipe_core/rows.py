@@ -17,17 +17,22 @@ from fedpipe_core.errors import DataError
 
 
 class Row(NamedTuple):
-    """One row: `place` says where it lies ("line 12", "row 12" in Parquet), `values` what each column holds."""
+    """One row: `place` says where it lies ("line 12", "row 12" in Parquet), `values` what each column holds.
+
+    `fault` tells why a line could not be read, where that was tolerated.
+    """
 
     place: str
     values: dict[str, Any]
+    fault: str = ""
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
+def read_rows(path: str | Path, tolerant: bool = False) -> Iterator[Row]:
     """Yield the rows of a .jsonl, .csv or .parquet file, each also with .gz behind it; blank lines are no rows.
 
     CSV has a header and holds only strings; in the other formats a value has the type the file gives it.
-    Text is UTF-8, with or without a byte-order mark.
+    Text is UTF-8, with or without a byte-order mark. If `tolerant`, a line of JSONL that is not UTF-8 or no JSON object
+    is yielded with its fault.
 
     Raises DataError, with the place, for a file that is missing, of another suffix, unreadable, damaged or empty.
     """
@@ -35,7 +40,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     path = Path(path)
     read, count = _reader_of(path), 0
     try:
-        for count, row in enumerate(read(path), start=1):  # noqa: B007  (the count outlives the loop)
+        for count, row in enumerate(read(path, tolerant), start=1):  # noqa: B007  (the count outlives the loop)
             yield row
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
@@ -48,7 +53,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         raise DataError(f"{path} holds no rows, needed at least one; check that the file was written completely")
 
 
-def _reader_of(path: Path) -> Callable[[Path], Iterator[Row]]:
+def _reader_of(path: Path) -> Callable[[Path, bool], Iterator[Row]]:
     *_, inner, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
     suffix = inner if last == ".gz" else last
     if suffix not in _READERS:
@@ -79,20 +84,30 @@ def _lines(path: Path) -> Iterator[str]:
     # Decoded line by line, because only so the line of a wrong byte is known.
     with _open(path) as stream:
         for number, line in enumerate(stream, start=1):
+            yield _decoded(line, number, path)
+
+
+def _decoded(line: bytes, number: int, path: Path) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} line {number} is not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}); "
+            "save the file as UTF-8"
+        ) from None
+
+
+def _read_jsonl(path: Path, tolerant: bool) -> Iterator[Row]:
+    with _open(path) as stream:
+        for number, line in enumerate(stream, start=1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path} line {number} is not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}); "
-                    "save the file as UTF-8"
-                ) from None
-            yield text
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            yield Row(f"line {number}", _parse_object(line, f"{path} line {number}"))
+                text = _decoded(line, number, path)
+                if text.strip():
+                    yield Row(f"line {number}", _parse_object(text, f"{path} line {number}"))
+            except DataError as error:
+                if not tolerant:
+                    raise
+                yield Row(f"line {number}", {}, str(error))
 
 
 def _parse_object(line: str, where: str) -> dict[str, Any]:
@@ -117,7 +132,7 @@ def _json_type(value: object) -> str:
     return names.get(type(value), "number")
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path, tolerant: bool) -> Iterator[Row]:
     reader = csv.reader(_lines(path), strict=True)
     header: list[str] = []
     line = 1
@@ -148,7 +163,7 @@ def _require_fields(fields: list[str], header: list[str], where: str) -> None:
         )
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path, tolerant: bool) -> Iterator[Row]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -163,7 +178,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} is not Parquet ({reason}); write it again, or give it its format's suffix") from None
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path, bool], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,

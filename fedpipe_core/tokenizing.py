@@ -4,13 +4,14 @@ Decides what stands before, between and behind the texts, and what happens to a 
 and padding of rows to `fedpipe_core.batches`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from fedpipe_core.chat import templated_pieces
 from fedpipe_core.data import Examples
-from fedpipe_core.dialogues import Dialogues, Turn
+from fedpipe_core.dialogues import Dialogues
 from fedpipe_core.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ class TokenizedExamples:
     """The token ids of every example, unpadded, with its label and the id that pads a batch.
 
     The label is one integer, or for a language model one per token: its id where it is learned, else `IGNORED`.
-    `cut` counts rows whose prompt lost its start, `dropped` rows that are left out because their answer did not fit.
+    `cut` counts rows that lost the start of their prompt, and texts that lost their end; `dropped` rows that are left
+    out because their answer did not fit.
     """
 
     token_ids: list[list[int]]
@@ -68,8 +70,8 @@ def tokenize(
 ) -> TokenizedExamples:
     """Token ids of every row, at most `max_tokens`.
 
-    A text is cut there. Of a dialogue the start of the prompt is left out, never a part of the answer; a row whose
-    answer does not fit is left out. `vocabulary` is the number of tokens the model knows.
+    A text is cut there. Of a dialogue the start of the prompt is left out, never a part of the answer. A row whose
+    answer does not fit is left out, and so is any longer conversation. `vocabulary` is how many tokens the model knows.
 
     Raises ModelError if the tokenizer has no padding token, DataError if a text gives no token at all, if no row is
     left, or if an id lies outside the vocabulary.
@@ -90,8 +92,7 @@ def tokenize(
 
 def tokenize_prompts(dialogues: Dialogues, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Prompts:
     """All before each dialogue's last answer, as token ids; of more than `max_tokens` the start is left out."""
-    parts = _rendered([turns[:-1] for turns in dialogues.turns], tokenizer)
-    starts = [[token for ids, _ in row for token in ids] for row in parts]
+    starts = [[token for ids, _ in parts[:-1] for token in ids] for parts in _rendered(dialogues, tokenizer)]
     leading = _leading(tokenizer)
     kept = [
         ids if len(ids) <= max_tokens else [*leading, *ids[len(leading) + len(ids) - max_tokens :]] for ids in starts
@@ -125,7 +126,8 @@ Parts = list[tuple[list[int], bool]]  # token ids, and whether they are learned
 def _tokenize_dialogues(
     dialogues: Dialogues, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
 ) -> TokenizedExamples:
-    rows = [_shortened(parts, max_tokens, len(_leading(tokenizer))) for parts in _rendered(dialogues.turns, tokenizer)]
+    leading = None if dialogues.templated else len(_leading(tokenizer))
+    rows = [_shortened(parts, max_tokens, leading) for parts in _rendered(dialogues, tokenizer)]
     kept = [(parts, was_cut) for parts, was_cut in rows if parts]
     if rows and not kept:
         raise DataError(
@@ -140,19 +142,20 @@ def _tokenize_dialogues(
     )
 
 
-def _rendered(dialogues: Sequence[tuple[Turn, ...]], tokenizer: "PreTrainedTokenizerBase") -> list[Parts]:
-    """Each dialogue as its turns' ids: the model's first token before them, its last behind every answer."""
-    texts = [turn.content for turns in dialogues for turn in turns]
-    ids = iter(_plain_ids(texts, tokenizer))
-    ending = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    rows = []
-    for turns in dialogues:
-        parts: Parts = [(_leading(tokenizer), False)]
-        for turn in turns:
-            learned = turn.role == "assistant"
-            parts.append(([*next(ids), *(ending if learned else [])], learned))
-        rows.append(parts)
-    return rows
+def _rendered(dialogues: Dialogues, tokenizer: "PreTrainedTokenizerBase") -> list[Parts]:
+    """Each dialogue as its turns' ids, what is learned apart from what is not."""
+    if dialogues.templated:
+        pieces = [templated_pieces(turns, tokenizer) for turns in dialogues.turns]
+        leading, ending = [], []
+    else:  # the model's first token before the turns, its last behind every answer
+        pieces = [[(turn.content, turn.role == "assistant") for turn in turns] for turns in dialogues.turns]
+        leading = _leading(tokenizer)
+        ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    found = iter(_plain_ids([text for row in pieces for text, _ in row], tokenizer))
+    return [
+        [(leading, False), *(([*next(found), *(ending if learned else [])], learned) for _, learned in row)]
+        for row in pieces
+    ]
 
 
 def _plain_ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
@@ -176,16 +179,19 @@ def _leading(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
-def _shortened(parts: Parts, max_tokens: int, leading: int) -> tuple[Parts, bool]:
-    """The row within `max_tokens`, and whether the start of its prompt was left out; nothing if its answer is too long.
+def _shortened(parts: Parts, max_tokens: int, leading: int | None) -> tuple[Parts, bool]:
+    """The row within `max_tokens`, and whether something was left out of it; nothing if its answer is too long.
 
-    One token of the prompt stays at least, for the answer's first token is predicted from it.
+    Of a prompt the first `leading` tokens stay and one more at least, from which the answer's first token is predicted;
+    None stands for a conversation, whose frame has to stay whole. A text without a prompt is cut at its end.
     """
     excess = sum(len(ids) for ids, _ in parts) - max_tokens
     if excess <= 0:
         return parts, False
     prompt = [token for ids, _ in parts[:-1] for token in ids]
-    if any(learned for _, learned in parts[:-1]) or len(prompt) - leading <= excess:
+    if len(parts) == 2 and leading is not None:
+        return [parts[0], (parts[1][0][:-excess], True)], True
+    if leading is None or len(prompt) - leading <= excess:
         return [], False
     return [(prompt[:leading] + prompt[leading + excess :], False), parts[-1]], True
 

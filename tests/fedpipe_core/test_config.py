@@ -105,11 +105,18 @@ def test_smallest_config_of_a_language_model_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": WRITER["model"]}, "data.format is label, but model.task causal-lm reads rows of format completion"),
+        (
+            {"model": WRITER["model"]},
+            "data.format is label, but model.task causal-lm reads rows of format completion, messages",
+        ),
         ({"data": WRITER["data"]}, "data.format is completion, but .* reads rows of format label; data.labels"),
         (
             {"release": {"metric": "bleu"}},
             "release.metric is bleu, which is not measured: accuracy, macro_f1, loss are",
+        ),
+        (
+            {**WRITER, "data": {**WRITER["data"], "format": "text"}, "evaluation": {"generate": {}}},
+            "evaluation.generate needs prompts, which data.format text has not",
         ),
         ({**WRITER, "release": {"metric": "accuracy"}}, "not measured: loss, perplexity, token_accuracy are"),
         ({**WRITER, "release": {"metric": "bleu"}}, "not measured: loss, perplexity, token_accuracy are"),

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from tiny_models import VOCABULARY, WORDS, tiny_tokenizer
 
 from fedpipe_core.config import DataSpec
-from fedpipe_core.dialogues import Dialogues, Turn, chat_template
+from fedpipe_core.dialogues import ALPACA, Dialogues, Turn, chat_template
 from fedpipe_core.errors import DataError
 from fedpipe_core.tokenizing import IGNORED, tokenize, tokenize_prompts
 
@@ -119,3 +119,18 @@ def test_released_chat_template_renders_a_prompt_as_training_did():
     rendered = used.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
     assert [rendered] == tokenize_prompts(rows, used, 16).token_ids
     assert [used.apply_chat_template(answered, return_dict=False)] == tokenize(rows, used, 16).token_ids
+
+
+def test_plain_text_is_learned_from_its_first_word_and_cut_at_its_end():
+    text = Dialogues([(Turn("assistant", words(0, 9)),)], [("unused",)])
+    whole, short = (tokenize(text, tokenizer(), max_tokens) for max_tokens in (16, 5))
+    assert whole.labels == whole.token_ids == [[*ids(0, 9), END]]
+    assert (short.token_ids, short.cut, short.dropped) == ([ids(0, 5)], 1, 0)
+
+
+def test_released_template_of_instructions_renders_alpacas_form():
+    spec = COMPLETIONS.model_copy(update={"format": "instruction"})
+    used = tokenizer(bos_token="[CLS]")
+    used.chat_template = chat_template(spec)
+    rendered = used.apply_chat_template([{"role": "user", "content": "Say hi."}], tokenize=False)
+    assert rendered == "[CLS]" + ALPACA.format(instruction="Say hi.")
