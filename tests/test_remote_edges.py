@@ -182,7 +182,13 @@ def test_interrupted_coordinator_stops_every_edge_within_30_seconds(
 def test_edges_meet_their_coordinator_on_s3(
     server: dict[str, str], federation: Path, workers: dict[str, Path], undisturbed: dict[str, Any]
 ) -> None:
-    s3 = boto3.client("s3", region_name="us-east-1", endpoint_url=server["AWS_ENDPOINT_URL"])
+    s3 = boto3.client(
+        "s3",
+        region_name="us-east-1",
+        endpoint_url=server["AWS_ENDPOINT_URL"],
+        aws_access_key_id=server["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=server["AWS_SECRET_ACCESS_KEY"],
+    )
     s3.create_bucket(Bucket="federations")
     outcome = finish(server, federation, "cloud", "--set", "store=s3://federations/here")
     assert outcome.exit_code == 0, outcome.stderr
