@@ -42,7 +42,7 @@ def test_result_has_exactly_the_keys_that_were_promised(finished: FinishedRun) -
     }
     assert set(result["metrics"]) == set(result["baseline_metrics"]) == METRICS
     assert set(result["model"]) == {"name", "version", "alias", "decision"}
-    assert set(result["model"]["decision"]) == {"promoted", "reasons"}
+    assert set(result["model"]["decision"]) == {"promoted", "reasons", "checks"}
     assert set(result["tracking"]) == {"uri", "experiment", "run_id"}
 
 
@@ -88,7 +88,13 @@ def test_progress_goes_to_stderr(finished: FinishedRun) -> None:
 
 
 def test_store_holds_the_whole_layout_and_nothing_else(finished: FinishedRun) -> None:
-    expected = {"federation.json", "plan.json", "result.json", *(f"profiles/{edge}.json" for edge in EDGES)}
+    expected = {
+        "federation.json",
+        "plan.json",
+        "manifest.json",
+        "result.json",
+        *(f"profiles/{edge}.json" for edge in EDGES),
+    }
     for index in range(1, ROUNDS + 1):
         folder = f"rounds/{index:04d}"
         expected |= {f"{folder}/{name}" for name in ("global.json", "global.safetensors", "round.json")}
@@ -123,7 +129,7 @@ def test_plan_rounds_and_release_are_artifacts(finished: FinishedRun) -> None:
     with get_client(sync_client=True) as client:
         chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=run_ids))
         artifacts = {entry.key: entry.data for entry in client.read_artifacts(artifact_filter=chosen)}
-    assert set(artifacts) == {"plan", "rounds", "release"}
+    assert set(artifacts) == {"plan", "rounds", "gate", "release"}
     assert [row["edge"] for row in json.loads(artifacts["plan"])] == sorted(EDGES)
     assert [row["round"] for row in json.loads(artifacts["rounds"])] == list(range(1, ROUNDS + 1))
     assert "promoted to champion" in artifacts["release"]
