@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpipe_core.errors import DataError
+from fedpipe_core.packing import pack_batch
 from fedpipe_core.seeding import random_generator
 from fedpipe_core.tokenizing import IGNORED, TokenizedExamples
 
@@ -29,20 +30,22 @@ def training_batches(
     batch_size: int,
     steps: int,
     seed_parts: Sequence[int | str],
-    pad_to_multiple_of: int = 1,
+    packed_width: int | None = None,
 ) -> Iterator[Batch]:
     """Yield `steps` batches of exactly `batch_size` rows, an epoch in a new order behind the other.
 
     An epoch is shuffled, then sorted by length within windows of 16 batches, whose order is shuffled again. Within an
     epoch every row comes once; a batch may span two epochs. `seed_parts`, such as (seed, round, edge_id), fixes the
-    order. Tensors: input_ids and attention_mask (batch, tokens), labels (batch,) or (batch, tokens), all int64.
+    order. Tensors: input_ids and attention_mask (batch, tokens), labels (batch,) or (batch, tokens), all int64; with
+    `packed_width`, in tokens, those of `packing.pack_batch`.
     Raises DataError if there are no rows.
     """
     if not len(tokenized):
         raise DataError("there are 0 rows to train on, needed at least one; give the edge data or leave it out")
     order = _epochs(_lengths(tokenized), batch_size, random_generator("training_batches", *seed_parts))
     for _ in range(steps):
-        yield pad_batch(tokenized, list(itertools.islice(order, batch_size)), pad_to_multiple_of)
+        indices = list(itertools.islice(order, batch_size))
+        yield pack_batch(tokenized, indices, packed_width) if packed_width else pad_batch(tokenized, indices)
 
 
 def evaluation_batches(

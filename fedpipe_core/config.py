@@ -121,6 +121,17 @@ class TrainingSpec(Spec):
         0.25, gt=0, le=1, description="Learning rate of the last round as a share of the first's; linear in between"
     )
     max_gradient_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this global norm")
+    packing: bool = Field(
+        False,
+        description="Whether examples of a batch share rows of at most `model.max_tokens` tokens, where none sees "
+        "another (for causal-lm); spares padding where the lengths in a batch differ",
+    )
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Most rows that go through the model at once; the gradients of a larger batch are summed over "
+        "several passes. The whole batch at once when left out",
+    )
     adapter_scaling: float = Field(1.0, gt=0, le=64, description="alpha / rank of every adapter")
     examples_per_round: int | None = Field(
         None, ge=1, description="Examples each edge should process in a round; its whole shard when left out"
@@ -389,6 +400,8 @@ def _task_faults(config: FederationConfig) -> list[str]:
         faults.append("evaluation.generate needs prompts, which data.format text has not")
     if classifies and data.labels is None:
         faults.append("data.labels, the number of labels, is missing")
+    if classifies and config.training.packing:
+        faults.append("training.packing is for model.task causal-lm; a classifier reads one text per row")
     metrics = _metrics(config)
     if config.release.metric not in (None, *metrics):
         faults.append(f"release.metric is {config.release.metric}, which is not measured: {', '.join(metrics)} are")

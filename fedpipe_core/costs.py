@@ -51,6 +51,7 @@ class CostModel:
     profile: EdgeProfile
     global_ranks: Mapping[str, int] = field(default_factory=dict)
     wire_dtype: str = "bf16"
+    micro_batch_size: int | None = None
 
     def predict(self, work: Work) -> PredictedCost:
         """Price one round of `work`."""
@@ -92,9 +93,9 @@ class CostModel:
         return min(batch_size, self.profile.num_examples)
 
     def longest_tokens(self, batch_size: int) -> float:
-        """Tokens of the longest batch, which sets the peak."""
+        """Tokens that go through the model at once at most, which sets the peak."""
         longest = self.profile.longest_example_tokens or self.profile.tokens_per_example
-        return self.batch_examples(batch_size) * longest
+        return min(self.batch_examples(batch_size), self.micro_batch_size or batch_size) * longest
 
     def resident_bytes(self, bits: int) -> float:
         """Memory that neither batch nor adapters change: base, head, one dequantized matrix, fixed part."""

@@ -20,6 +20,12 @@ def training_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return functional.cross_entropy(logits, targets)
 
 
+def count_learned(batch: Mapping[str, Tensor]) -> int:
+    """Over how many examples, or tokens, `training_loss` is a mean."""
+    labels = batch["labels"]
+    return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != IGNORED).sum())
+
+
 def class_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """A classifier's logits, (batch, labels)."""
     logits: Tensor = model(**_inputs(batch)).logits

@@ -84,7 +84,9 @@ def prepare_edges(
     global_ranks = _largest_global_ranks(shape, profiles, pins, config)
     prepared = {}
     for edge_id in sorted(profiles):
-        costs = CostModel(shape, profiles[edge_id], global_ranks, config.exchange.dtype)
+        costs = CostModel(
+            shape, profiles[edge_id], global_ranks, config.exchange.dtype, config.training.micro_batch_size
+        )
         utility = dict(zip(modules, utilities[edge_id], strict=True))
         problem = build_problem(costs, config, pins.get(edge_id, PlanPin()), utility, ranks)
         sweeps = sweep_cells(problem)

@@ -64,5 +64,5 @@ def _largest_that_fits_all(
 
 
 def _peak_bytes(shape: ModelShape, profile: EdgeProfile, work: Work, config: FederationConfig) -> float:
-    costs = CostModel(shape, profile, work.ranks, config.exchange.dtype)
+    costs = CostModel(shape, profile, work.ranks, config.exchange.dtype, config.training.micro_batch_size)
     return costs.peak_memory_bytes(work, work.lowest_block(shape))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fedpipe_core.config import TrainingSpec
 from fedpipe_core.edge_model import EdgeModel, move_batch
 from fedpipe_core.errors import UpdateRefusedError
-from fedpipe_core.losses import training_loss
+from fedpipe_core.losses import count_learned, training_loss
+from fedpipe_core.packing import count_examples
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,27 @@ def train(edge: EdgeModel, batches: Iterator[Mapping[str, Tensor]], spec: Traini
     losses: list[float] = []
     started, examples = time.perf_counter(), 0
     for step, batch in enumerate(batches, start=1):
-        loss = training_loss(edge.model, move_batch(batch, edge.model))
-        losses.append(_finite("loss", loss, step))
-        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(_finite("loss", _backward(edge.model, batch, spec.micro_batch_size), step))
         _finite("gradient norm", nn.utils.clip_grad_norm_(parameters, spec.max_gradient_norm), step)
         optimizer.step()
         warmup.step()
         optimizer.zero_grad(set_to_none=True)
-        examples += len(batch["labels"])
+        examples += count_examples(batch)
     return TrainingReport(len(losses), examples, sum(losses) / len(losses), time.perf_counter() - started)
+
+
+def _backward(model: nn.Module, batch: Mapping[str, Tensor], micro_batch_size: int | None) -> Tensor:
+    """Add the gradients of a batch's mean loss, at most `micro_batch_size` rows at once, and return the loss."""
+    rows = len(batch["labels"])
+    size = micro_batch_size or rows
+    parts = [{name: value[start : start + size] for name, value in batch.items()} for start in range(0, rows, size)]
+    weights = [count_learned(part) / count_learned(batch) for part in parts]
+    total = torch.zeros(())
+    for part, weight in zip(parts, weights, strict=True):
+        loss = training_loss(model, move_batch(part, model)) * weight
+        loss.backward()  # type: ignore[no-untyped-call]
+        total = total + loss.detach().cpu()
+    return total
 
 
 def _optimizer(edge: EdgeModel, spec: TrainingSpec, rate: float) -> torch.optim.AdamW:

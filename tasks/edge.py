@@ -170,7 +170,8 @@ class EdgeSession:
     def peak_memory_bytes(self) -> int:
         """What a step on the edge's longest rows holds; measured once."""
         rows = sorted(range(len(self.data.train)), key=lambda row: -len(self.data.train.token_ids[row]))
-        batch = pad_batch(self.data.train, list(itertools.islice(itertools.cycle(rows), self.plan.batch_size)))
+        at_once = min(self.plan.batch_size, self.config.training.micro_batch_size or self.plan.batch_size)
+        batch = pad_batch(self.data.train, list(itertools.islice(itertools.cycle(rows), at_once)))
         return training_memory_bytes(self.model, batch)
 
     @property
@@ -314,7 +315,8 @@ def _validate(session: EdgeSession) -> dict[str, float]:
 def _train(session: EdgeSession, round_index: int, advance: Callable[[], None]) -> TrainingReport:
     config, plan = session.config, session.plan
     parts = (config.seed, round_index, session.edge_id)
-    batches = training_batches(session.data.train, plan.batch_size, plan.local_steps, parts)
+    width = config.model.max_tokens if config.training.packing else None
+    batches = training_batches(session.data.train, plan.batch_size, plan.local_steps, parts, width)
     rate = rate_factor(config.training, round_index, config.rounds)
     return train(session.model, _counted(batches, session.check, advance), config.training, rate)
 

@@ -144,3 +144,23 @@ def test_pad_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError, match="pads with id 65 but the model knows 65 tokens"):
         load_base(ModelSpec(base=str(folder), task="causal-lm"), None, 32, seed=0)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_gradients_summed_over_passes_train_like_the_batch_at_once(
+    tiny_writer: Callable[..., Base], packing: bool
+) -> None:
+    base = tiny_writer("llama").model
+    shapes = adaptable_modules(base)
+    ranks = dict.fromkeys(shapes, 2)
+    found = []
+    for micro_batch_size in (None, 3):
+        edge = build_edge_model(base, ranks, 2, scaling=1.0)
+        load_adapter(edge, *split_for_edge(initial_adapter(shapes, 2, {}, seed=0), ranks, seed=0))
+        spec = TrainingSpec(learning_rate=0.01, micro_batch_size=micro_batch_size)
+        batches = training_batches(ROWS, 8, 4, [0], packed_width=24 if packing else None)
+        report = train(edge, batches, spec, rate=1.0)
+        assert report.examples_processed == 32
+        found.append((report.loss, read_adapter(edge).factors["model.layers.0.mlp.up_proj"].dense()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-5)

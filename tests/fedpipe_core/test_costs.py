@@ -133,3 +133,11 @@ def test_more_work_never_costs_less(rank, batch_size, steps, bits, checkpointing
         assert model.predict(more).round_seconds >= cost.round_seconds
     longer = model.predict(Work({TOP: rank}, batch_size, steps + 1, bits, checkpointing))
     assert longer.round_seconds > cost.round_seconds
+
+
+def test_peak_memory_counts_the_rows_that_go_through_the_model_at_once():
+    work = Work({TOP: 4}, 32, 10, 32)
+    whole, parts = CostModel(ENCODER, PROFILE), CostModel(ENCODER, PROFILE, micro_batch_size=8)
+    eight = Work({TOP: 4}, 8, 10, 32)
+    assert parts.predict(work).peak_memory_bytes == whole.predict(eight).peak_memory_bytes
+    assert parts.predict(work).round_seconds == whole.predict(work).round_seconds
