@@ -1,6 +1,7 @@
 """The `fedpipe` command in this process or in one of its own, and how it ended."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -67,9 +68,15 @@ def running(environment: dict[str, str], folder: Path, *arguments: object) -> It
             stderr=stderr,
             text=True,
             start_new_session=True,
+            preexec_fn=_hear_interrupts,  # noqa: PLW1509  it makes one system call
         )
         with process:
             yield process
+
+
+def _hear_interrupts() -> None:
+    """Tests that were themselves started in the background inherit a SIGINT that is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def invoke(*arguments: object) -> Outcome:
