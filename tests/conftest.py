@@ -1,6 +1,9 @@
 """The few fixtures that tests of several packages share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from uuid import uuid4
 
@@ -9,6 +12,13 @@ from s3_servers import FaultProxy, fault_proxy, moto_server
 
 # Before Prefect is imported: its console handler would keep a stream that pytest closes.
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+
+# A home of its own: tests leave nothing in the user's, and two processes of tests do not share one database.
+os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="fedpipe-test-prefect-")
+atexit.register(shutil.rmtree, os.environ["PREFECT_HOME"], ignore_errors=True)
+
+# Two processes of tests share the machine, and the models are too small to gain from threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

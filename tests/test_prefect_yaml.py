@@ -1,5 +1,6 @@
 """`prefect.yaml` on a real server: deployed by its command, started through its API as the UI does, run by a worker."""
 
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from prefect_processes import call, running, wait_for
-from remote_federation import deployed_server
+from remote_federation import START_WORKER, deployed_server
 from tiny_federation import write_federation
 
 from fedpipe_core.config import FederationConfig
@@ -42,7 +43,7 @@ def api(server: dict[str, str]) -> Iterator[httpx.Client]:
 def worker(server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A worker on the pool, started in a folder that holds nothing; the value is its log."""
     log = tmp_path_factory.mktemp("worker") / "worker.log"
-    with running(["worker", "start", "--pool", "fedpipe"], server, log):
+    with running(shlex.split(START_WORKER), server, log):
         yield log
 
 

@@ -1,5 +1,6 @@
 """The tiny federation with edges on machines of their own: a Prefect server, a worker and an edge.yaml per edge."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,15 +14,20 @@ from fedpipe_core.signatures import new_key, save_key
 
 ROOT = Path(__file__).parents[2]
 POOL = "edges"
+SET_UP = (
+    "work-pool create fedpipe --type process",
+    f"work-pool create {POOL} --type process",
+    "--no-prompt deploy --all",
+)
+START_WORKER = "worker start --pool fedpipe"
 
 
 @contextmanager
 def deployed_server(home: Path) -> Iterator[dict[str, str]]:
     """A Prefect server on which everything in `prefect.yaml` is deployed; the environment in which it is found."""
     with prefect_server(home) as environment:
-        for pool in ("fedpipe", POOL):
-            call(["work-pool", "create", pool, "--type", "process"], environment, ROOT)
-        call(["--no-prompt", "deploy", "--all"], environment, ROOT)
+        for command in SET_UP:
+            call(shlex.split(command), environment, ROOT)
         yield environment
 
 
