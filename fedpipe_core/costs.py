@@ -45,6 +45,7 @@ class CostModel:
     """Prices work on one edge.
 
     `global_ranks` is the global adapter the edge downloads; what it holds beyond an edge's own rank is the frozen tail.
+    With `frozen_a` edges train B alone, as rule `ffa` has it.
     """
 
     shape: ModelShape
@@ -52,6 +53,7 @@ class CostModel:
     global_ranks: Mapping[str, int] = field(default_factory=dict)
     wire_dtype: str = "bf16"
     micro_batch_size: int | None = None
+    frozen_a: bool = False
 
     def predict(self, work: Work) -> PredictedCost:
         """Price one round of `work`."""
@@ -108,14 +110,16 @@ class CostModel:
 
     def adapter_bytes(self, module: str, rank: int) -> float:
         """Parameters, gradients and optimizer state of one adapter, and its frozen tail."""
+        trained = self._trained_features(module)
+        frozen = self._features(module) - trained
         tail = max(0, self.global_ranks.get(module, 0) - rank)
-        return self._features(module) * (TRAINED_BYTES * rank + FROZEN_BYTES * tail)
+        return rank * (TRAINED_BYTES * trained + FROZEN_BYTES * frozen) + FROZEN_BYTES * tail * self._features(module)
 
     def adapter_activation_bytes(self, module: str, rank: int) -> float:
-        """Per token: the module's input, kept because A now needs it, and the adapter's inner values."""
-        if rank == 0:
-            return 0.0
+        """Per token: the module's input, kept because a trained A now needs it, and the adapter's inner values."""
         value = self.profile.value_bytes
+        if rank == 0 or self.frozen_a:
+            return value * rank
         kept = self.profile.activation_cost.per_token_module_bytes.get(module)
         return value * rank + (value * self.shape.modules[module].in_features if kept is None else kept)
 
@@ -153,7 +157,8 @@ class CostModel:
 
     def adapter_seconds_per_token(self, module: str, rank: int, lowest_block: int, checkpointing: bool) -> float:
         """Three products for a trained rank, two for a rank of the tail, one below the reached blocks."""
-        trained = self._adapter_products(rank, module)
+        learning = self._trained_features(module) / self._features(module)
+        trained = self._adapter_products(rank, module) * (TAIL_SHARE + (1 - TAIL_SHARE) * learning)
         tail = self._adapter_products(max(0, self.global_ranks.get(module, 0) - rank), module)
         if self.shape.modules[module].layer < lowest_block:
             return tail * (1 - TAIL_SHARE)
@@ -172,13 +177,14 @@ class CostModel:
         return round(head + sum(self.module_upload_bytes(name, rank) for name, rank in ranks.items()))
 
     def module_upload_bytes(self, module: str, rank: int) -> float:
-        """Bytes of one module's B and A."""
-        header = HEADER_BYTES[self.wire_dtype] + HEADER_NAMES[self.wire_dtype] * len(module)
-        return rank * self._features(module) * WIRE_BYTES[self.wire_dtype] + header
+        """Bytes of what an edge trained of one module's B and A."""
+        return self._wire_bytes(module, rank * self._trained_features(module))
 
     def download_bytes(self, ranks: Mapping[str, int]) -> int:
         """Bytes of the global adapter and the head."""
-        return self.upload_bytes({**ranks, **self.global_ranks})
+        head = self.shape.head_parameters * WIRE_BYTES[self.wire_dtype]
+        held = {**ranks, **self.global_ranks}
+        return round(head + sum(self._wire_bytes(name, rank * self._features(name)) for name, rank in held.items()))
 
     @cached_property
     def _num_blocks(self) -> int:
@@ -202,6 +208,13 @@ class CostModel:
         cost = self.profile.step_cost
         each = cost.per_token_feature_seconds + cost.per_token_rank_seconds * rank if rank else 0.0
         return each * self._features(module)
+
+    def _wire_bytes(self, module: str, values: int) -> float:
+        header = HEADER_BYTES[self.wire_dtype] + HEADER_NAMES[self.wire_dtype] * len(module)
+        return values * WIRE_BYTES[self.wire_dtype] + header
+
+    def _trained_features(self, module: str) -> int:
+        return self.shape.modules[module].out_features if self.frozen_a else self._features(module)
 
     def _features(self, module: str) -> int:
         shape = self.shape.modules[module]

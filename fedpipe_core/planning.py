@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from fedpipe_core.config import FederationConfig, PlanPin
-from fedpipe_core.costs import CostModel, Work
+from fedpipe_core.costs import Work
 from fedpipe_core.errors import PlanError
 from fedpipe_core.planning_binding import binding_limit
 from fedpipe_core.planning_checks import check_menu, check_pin, check_profile
 from fedpipe_core.planning_deadline import choose_deadline, shortest_round
 from fedpipe_core.planning_greedy import Duals, Frontier, Selection, frontier, solve_greedily, sweep_cells
 from fedpipe_core.planning_infeasible import explain_memory, explain_seconds
-from fedpipe_core.planning_problem import EdgeProblem, RoundTerms, adaptable_modules, build_problem
+from fedpipe_core.planning_problem import EdgeProblem, RoundTerms, adaptable_modules, build_problem, cost_model
 from fedpipe_core.planning_solver import refine
 from fedpipe_core.planning_uniform import with_uniform_pins
 from fedpipe_core.planning_utility import edge_utilities
@@ -84,9 +84,7 @@ def prepare_edges(
     global_ranks = _largest_global_ranks(shape, profiles, pins, config)
     prepared = {}
     for edge_id in sorted(profiles):
-        costs = CostModel(
-            shape, profiles[edge_id], global_ranks, config.exchange.dtype, config.training.micro_batch_size
-        )
+        costs = cost_model(shape, profiles[edge_id], global_ranks, config)
         utility = dict(zip(modules, utilities[edge_id], strict=True))
         problem = build_problem(costs, config, pins.get(edge_id, PlanPin()), utility, ranks)
         sweeps = sweep_cells(problem)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedpipe_core.config import FederationConfig, PlanPin
 from fedpipe_core.costs import CostModel, Work
 from fedpipe_core.planning_utility import FloatArray
-from fedpipe_core.schemas import ModelShape
+from fedpipe_core.schemas import EdgeProfile, ModelShape
 
 IntArray = NDArray[np.int64]
 # Utility given up for a coarser base, as a share of the whole menu's: its rounding error is never trained away.
@@ -98,6 +98,20 @@ def adaptable_modules(shape: ModelShape, ranks: Sequence[int]) -> tuple[str, ...
     """Modules that can carry the smallest rank, last block first."""
     fitting = [n for n, m in shape.modules.items() if min(m.out_features, m.in_features) >= min(ranks)]
     return tuple(sorted(fitting, key=lambda name: -shape.modules[name].layer))
+
+
+def cost_model(
+    shape: ModelShape, profile: EdgeProfile, global_ranks: Mapping[str, int], config: FederationConfig
+) -> CostModel:
+    """Prices of an edge's work under the config's number format, micro batches and aggregation rule."""
+    return CostModel(
+        shape=shape,
+        profile=profile,
+        global_ranks=global_ranks,
+        wire_dtype=config.exchange.dtype,
+        micro_batch_size=config.training.micro_batch_size,
+        frozen_a=config.aggregation.rule == "ffa",
+    )
 
 
 def build_problem(

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from itertools import product
 
 from fedpipe_core.config import FederationConfig, PlanPin
-from fedpipe_core.costs import CostModel, Work
+from fedpipe_core.costs import Work
 from fedpipe_core.errors import PlanError
 from fedpipe_core.planning_checks import check_menu
+from fedpipe_core.planning_problem import cost_model
 from fedpipe_core.schemas import EdgeProfile, ModelShape
 
 
@@ -64,5 +65,5 @@ def _largest_that_fits_all(
 
 
 def _peak_bytes(shape: ModelShape, profile: EdgeProfile, work: Work, config: FederationConfig) -> float:
-    costs = CostModel(shape, profile, work.ranks, config.exchange.dtype, config.training.micro_batch_size)
+    costs = cost_model(shape, profile, work.ranks, config)
     return costs.peak_memory_bytes(work, work.lowest_block(shape))

@@ -113,6 +113,18 @@ def test_upload_bytes_match_the_encoded_adapter(dtype):
     assert CostModel(shape, PROFILE, wire_dtype=dtype).upload_bytes(ranks) == pytest.approx(encoded, rel=0.05)
 
 
+def test_training_b_alone_saves_gradients_input_time_and_upload_but_no_download():
+    shape, name = tiny_model(), "layer.1.in"
+    both, alone = (CostModel(shape, make_profile(shape), {name: 2}, frozen_a=frozen) for frozen in (False, True))
+    assert both.adapter_bytes(name, 2) == 2 * (16 + 8) * 16
+    assert alone.adapter_bytes(name, 2) == 2 * (16 * 16 + 8 * 4)
+    assert alone.adapter_activation_bytes(name, 2) == 2 * alone.profile.value_bytes
+    seconds = [costs.adapter_seconds_per_token(name, 2, 0, checkpointing=False) for costs in (both, alone)]
+    assert seconds[1] == pytest.approx(seconds[0] * (16 * 3 + 8 * 2) / (24 * 3))
+    assert both.upload_bytes({name: 2}) - alone.upload_bytes({name: 2}) == 2 * 8 * 2
+    assert both.download_bytes({name: 2}) == alone.download_bytes({name: 2}) == both.upload_bytes({name: 2})
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     rank=st.sampled_from([2, 4, 8]),
