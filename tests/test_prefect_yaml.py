@@ -25,21 +25,21 @@ RUN_SECONDS = 300
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A server on which everything in `prefect.yaml` is deployed."""
     with deployed_server(tmp_path_factory.mktemp("prefect")) as environment:
         yield environment
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def api(server: dict[str, str]) -> Iterator[httpx.Client]:
     """The server's API, as the UI calls it."""
     with httpx.Client(base_url=server["PREFECT_API_URL"], timeout=30) as client:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def worker(server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A worker on the pool, started in a folder that holds nothing; the value is its log."""
     log = tmp_path_factory.mktemp("worker") / "worker.log"
