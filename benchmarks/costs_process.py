@@ -27,7 +27,7 @@ from fedpipe_core.costs import CostModel, Work
 from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter
 from fedpipe_core.memory import training_memory_bytes
 from fedpipe_core.model import load_base
-from fedpipe_core.profiling import probe_sizes
+from fedpipe_core.profiling import COUNTED_EXAMPLES, probe_sizes
 from fedpipe_core.resources import measured_activation_cost, measured_step_cost
 from fedpipe_core.schemas import EdgeProfile, ModelShape
 from fedpipe_core.training import train
@@ -118,6 +118,7 @@ def measured_profile(configuration: Configuration) -> tuple[ModelShape, EdgeProf
     """What `fedpipe` would know of this edge, importance aside."""
     base = load_base(ModelSpec(base=configuration.folder), LABELS, 16 if configuration.bits == 16 else 32, seed=0)
     small, large = (random_batch(base.model, rows, configuration.tokens) for rows in probe_sizes(BATCH_SIZES))
+    counted = (random_batch(base.model, rows, configuration.tokens) for rows in COUNTED_EXAMPLES)
     profile = EdgeProfile(
         edge_id="edge",
         num_examples=configuration.batch_size,
@@ -127,7 +128,7 @@ def measured_profile(configuration: Configuration) -> tuple[ModelShape, EdgeProf
         memory_bytes=1,
         bandwidth_bytes_per_second=1.0,
         step_cost=measured_step_cost(base.model, small, large, (configuration.bits,), time.thread_time),
-        activation_cost=measured_activation_cost(base.model, small, large),
+        activation_cost=measured_activation_cost(base.model, *counted),
         value_bytes=2 if configuration.bits == 16 else 4,
         scores={},
         declared=False,

@@ -159,6 +159,13 @@ class PlanningSpec(Spec):
         ge=0,
         description="Weight of the share of a round's planned examples an edge cannot process before the deadline",
     )
+    parameter_price: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="What a share of the menu's adapter parameters must bring, as a share of the menu's importance, to "
+        "be trained; 0 trains all that fits",
+    )
     checkpointing: Literal["auto", "never"] = Field(
         "auto", description="`auto` lets the planner recompute activations on an edge whose memory is short"
     )

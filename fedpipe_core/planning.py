@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from fedpipe_core.config import FederationConfig, PlanPin
 from fedpipe_core.costs import Work
 from fedpipe_core.errors import PlanError
@@ -23,7 +25,7 @@ from fedpipe_core.planning_infeasible import explain_memory, explain_seconds
 from fedpipe_core.planning_problem import EdgeProblem, RoundTerms, adaptable_modules, build_problem, cost_model
 from fedpipe_core.planning_solver import refine
 from fedpipe_core.planning_uniform import with_uniform_pins
-from fedpipe_core.planning_utility import edge_utilities
+from fedpipe_core.planning_utility import edge_utilities, net_of_price
 from fedpipe_core.schemas import EdgePlan, EdgeProfile, FederationPlan, ModelShape
 
 __all__ = ["check_profile", "infeasible_edges", "plan_federation", "prepare_edges", "round_terms"]
@@ -80,13 +82,14 @@ def prepare_edges(
         check_profile(profile, shape)
         check_pin(edge_id, pins.get(edge_id, PlanPin()), shape, config)
     modules = adaptable_modules(shape, ranks)
-    utilities = edge_utilities(profiles, modules, ranks)
+    features = np.array([shape.modules[name].out_features + shape.modules[name].in_features for name in modules])
+    price = config.planning.parameter_price
     global_ranks = _largest_global_ranks(shape, profiles, pins, config)
     prepared = {}
-    for edge_id in sorted(profiles):
+    for edge_id, utility in sorted(edge_utilities(profiles, modules, ranks).items()):
         costs = cost_model(shape, profiles[edge_id], global_ranks, config)
-        utility = dict(zip(modules, utilities[edge_id], strict=True))
-        problem = build_problem(costs, config, pins.get(edge_id, PlanPin()), utility, ranks)
+        worth = dict(zip(modules, net_of_price(utility, features, ranks, price), strict=True))
+        problem = build_problem(costs, config, pins.get(edge_id, PlanPin()), worth, ranks)
         sweeps = sweep_cells(problem)
         prepared[edge_id] = PreparedEdge(problem, [swept.duals for swept in sweeps], frontier(problem, sweeps))
     return prepared

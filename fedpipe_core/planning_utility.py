@@ -31,6 +31,17 @@ def edge_utilities(
     return {e: np.cumsum(OWN_SHARE * own[e] + (1 - OWN_SHARE) * mean, axis=1)[:, columns] for e in profiles}
 
 
+def net_of_price(utility: FloatArray, features: FloatArray, ranks: Sequence[int], price: float) -> FloatArray:
+    """Utility (modules, ranks) less `price` × the share of the menu's adapter parameters, r·(out + in) per module.
+
+    Both shares are 1 for all modules at the last rank. What a price takes away is nothing like the first ranks of an
+    important module, and more than a late rank of an unimportant one is worth.
+    """
+    parameters = features[:, None] * np.asarray(ranks, dtype=np.float64)
+    net: FloatArray = utility - price * parameters / parameters[:, -1].sum()
+    return net
+
+
 def extend_scores(scores: Sequence[float], length: int) -> FloatArray:
     """Scores of ranks 1 … length, never rising.
 

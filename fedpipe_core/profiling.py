@@ -18,7 +18,10 @@ from fedpipe_core.schemas import EdgeProfile, ModelShape
 from fedpipe_core.tokenizing import TokenizedExamples
 
 GIB = 2**30
-MOST_PROBED = 16  # examples; on a CPU a token costs more once tensors exceed a MiB, which a smaller batch would hide
+COUNTED_EXAMPLES = (1, 4)  # in the two batches whose kept bytes are counted, which grow by the token exactly
+MOST_PROBED = (
+    16  # examples timed; on a CPU a token costs more once tensors exceed a MiB, which a smaller batch would hide
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ def profile_edge(
             if declared
             else measured_step_cost(base.model, small, large, config.model.bits)
         ),
-        activation_cost=measured_activation_cost(base.model, small, large),
+        activation_cost=measured_activation_cost(
+            base.model, *(probe_batch(data.train, size) for size in COUNTED_EXAMPLES)
+        ),
         value_bytes=2 if base.bits == 16 else 4,
         scores=scores,
         declared=declared is not None,
@@ -73,7 +78,7 @@ def profile_edge(
 
 
 def probe_sizes(batch_sizes: Sequence[int]) -> tuple[int, int]:
-    """Examples of the two batches on which activations and step time are measured, none larger than a plan's may be."""
+    """Examples of the two batches on which step time is measured, none larger than a plan's may be."""
     large = min(MOST_PROBED, max(batch_sizes))
     return max(1, large // 8), large
 

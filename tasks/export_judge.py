@@ -29,12 +29,14 @@ from fedpipe_core.export_proof import agreement, answers, measure_latency
 from fedpipe_core.quantized_export import QUANTIZED_SCHEMES
 from fedpipe_core.schemas import Latency
 from fedpipe_core.wire import decode_adapter
-from tasks.federation import Coordinator
+from tasks.federation import Coordinator, batches_at_once
 from tasks.local_store import LocalStore
 from tasks.records import RunKeys
 
 SCHEMES = EXPORT_SCHEMES | QUANTIZED_SCHEMES
 COMPARED_EXAMPLES = 512  # on which answers are compared one by one
+COMPARED_BATCH = 32
+COMPARED_TEXTS = 128  # of a language model, each with as many answers as tokens
 TIMED_EXAMPLES = 8
 
 
@@ -127,12 +129,13 @@ def _prepare(config: FederationConfig, adapter: Path) -> _Bench:
     held_out = coordinator.held_out
     by_length = sorted(range(len(held_out)), key=lambda row: len(held_out.token_ids[row]))
     middle = max(0, len(by_length) // 2 - TIMED_EXAMPLES // 2)
-    step = max(1, len(by_length) // COMPARED_EXAMPLES)
-    rows, size = by_length[::step][:COMPARED_EXAMPLES], config.evaluation.batch_size
+    most = COMPARED_TEXTS if held_out.per_token else COMPARED_EXAMPLES
+    step, size = max(1, len(by_length) // most), min(config.evaluation.batch_size, COMPARED_BATCH)
+    rows = by_length[::step][:most]
     compared = [pad_batch(held_out, rows[start : start + size]) for start in range(0, len(rows), size)]
     merged = merge(coordinator.base.model, decode_adapter(adapter.read_bytes()))
     timed = pad_batch(held_out, by_length[middle : middle + TIMED_EXAMPLES])
-    return _Bench(coordinator, compared, timed, answers(merged, compared))
+    return _Bench(coordinator, compared, timed, answers(merged, compared, batches_at_once()))
 
 
 def _judge(bench: _Bench, scheme: str, folder: Path) -> Verdict:
@@ -143,7 +146,7 @@ def _judge(bench: _Bench, scheme: str, folder: Path) -> Verdict:
         load_seconds = time.perf_counter() - started
         return Verdict(
             answers=bench.coordinator.judge(model).to_json(),
-            agreement=agreement(answers(model, bench.compared), bench.reference),
+            agreement=agreement(answers(model, bench.compared, batches_at_once()), bench.reference),
             load_seconds=load_seconds,
             latency=measure_latency(model, _beside(base.model, model, scheme), bench.timed),
         )

@@ -118,9 +118,14 @@ class Coordinator:
 
         Text is written only where the whole set is judged.
         """
-        cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
         writing = self.writing if examples is None else None
-        return predict(model, examples or self.held_out, self.config.evaluation.batch_size, cores, writing)
+        size = self.config.evaluation.batch_size
+        return predict(model, examples or self.held_out, size, batches_at_once(), writing)
+
+
+def batches_at_once() -> int:
+    """Batches that are judged side by side: one per core, or on a GPU one after another."""
+    return 1 if torch.cuda.is_available() else os.cpu_count() or 1
 
 
 def open_federation(config: FederationConfig, store: ObjectStore, keys: RunKeys, resume: bool) -> FederationRecord:

@@ -131,6 +131,20 @@ def test_important_modules_get_the_ranks():
     assert list(plan.edges["edge-00"].ranks) == ["layer.5.value"]
 
 
+@pytest.mark.parametrize("price", [0.2, 0.5])
+def test_a_price_on_parameters_spares_those_that_bring_little(price):
+    profiles = five_edges()
+    free, priced = (
+        plan_federation(ENCODER, profiles, make_config(list(profiles), planning=planning))
+        for planning in ({"round_seconds": 30.0}, {"round_seconds": 30.0, "parameter_price": price})
+    )
+    for edge_id, edge in priced.edges.items():
+        assert edge.predicted.upload_bytes < free.edges[edge_id].predicted.upload_bytes
+        assert edge.local_steps >= free.edges[edge_id].local_steps
+        scores = profiles[edge_id].scores
+        assert max(scores, key=lambda name: scores[name][0]) in edge.ranks
+
+
 def test_scores_without_variance_still_give_a_plan():
     for score in (0.0, 1.0):
         profile = make_profile(ENCODER, scores={name: [score] * 8 for name in ENCODER.modules})
