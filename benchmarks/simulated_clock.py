@@ -1,9 +1,11 @@
 """Federations on a simulated clock: edges of unequal speed, memory and link, served by one machine.
 
-An edge's seconds are what its work took one core of this machine (thread time, which other processes hardly change)
-times the edge's slowdown, and its bytes over its declared bandwidth. A round lasts as long as its slowest edge; the
-profile is charged before the first round. What the coordinator does between rounds is left out for every method alike.
-An edge's profile holds the step cost measured on this machine times its slowdown, as the edge itself would measure it.
+An edge's seconds are what its work took one core of this machine times the edge's slowdown, and its bytes over its
+declared bandwidth. A shared machine is now faster and now slower, by a third and more: thread time is therefore told
+in units of a yardstick, timed by the same thread right before and after, and this in what it took when it was kept.
+A round lasts as long as its slowest edge; the profile is charged before the first round. What the coordinator does
+between rounds is left out for every method alike. An edge's profile holds the step cost measured on this machine times
+its slowdown, as the edge itself would measure it.
 """
 
 import os
@@ -44,6 +46,28 @@ class Setting:
     budget_seconds: float
     slowdowns: Mapping[str, float]
     step_cost: StepCost
+    yardstick: "Yardstick"
+
+
+@dataclass(frozen=True, eq=False)
+class Yardstick:
+    """Work whose seconds on a core of this machine are known; threads may do it side by side."""
+
+    step: Callable[[], None]
+    seconds: float
+
+    def timed(self, work: Callable[[], None]) -> float:
+        """Thread time of some work, as if the machine were as fast as when `seconds` was measured."""
+        before = thread_seconds(self.step)
+        taken = thread_seconds(work)
+        return taken * 2 * self.seconds / (before + thread_seconds(self.step))
+
+
+def thread_seconds(work: Callable[[], None]) -> float:
+    """Seconds of one core that some work takes this thread."""
+    started = time.thread_time()
+    work()
+    return time.thread_time() - started
 
 
 def simulate(config: FederationConfig, setting: Setting) -> Run:
@@ -111,7 +135,7 @@ def _kept(known: dict[str, Any], key: str, make: Callable[[], Any]) -> Any:
 def _profiles(config: FederationConfig, setting: Setting) -> tuple[dict[str, EdgeProfile], float]:
     """Every edge's profile with the step cost of its speed, and the simulated seconds until the last has it."""
     coordinator, sessions = _opened(config, "profile")
-    seconds = _on_all(sessions, lambda session: edge.profile.fn(session, coordinator.shape))
+    seconds = _on_all(sessions, setting, lambda session: edge.profile.fn(session, coordinator.shape))
     profiles = {
         edge_id: profile.model_copy(update={"step_cost": _slower(setting.step_cost, setting.slowdowns[edge_id])})
         for edge_id, profile in read_profiles(coordinator).items()
@@ -148,7 +172,7 @@ def _round(
 ) -> Run:
     for session in sessions:
         session.model  # noqa: B018  built once, before the clock runs, for every method
-    work = _on_all(sessions, lambda session: edge.train_round.fn(session, index))
+    work = _on_all(sessions, setting, lambda session: edge.train_round.fn(session, index))
     made = federation.aggregate_round.fn(coordinator, plan, index)
     metrics = metrics_of(federation.evaluate.fn(coordinator, index + 1, whole=False))
     updates = federation.round_updates(coordinator, index)
@@ -166,13 +190,12 @@ def _round(
     }
 
 
-def _on_all(sessions: Sequence[EdgeSession], step: Callable[[EdgeSession], None]) -> dict[str, float]:
+def _on_all(sessions: Sequence[EdgeSession], setting: Setting, step: Callable[[EdgeSession], None]) -> dict[str, float]:
     """Do a step on every edge, as many at once as there are cores; seconds of one core that each took."""
 
     def timed(session: EdgeSession) -> float:
-        started = time.thread_time()
-        step(session)
-        return time.thread_time() - started
+        torch.set_num_threads(1)
+        return setting.yardstick.timed(lambda: step(session))
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return dict(zip((s.edge_id for s in sessions), threads.map(timed, sessions), strict=True))

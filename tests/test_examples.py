@@ -1,8 +1,12 @@
 """What `examples/` holds is what the code accepts today."""
 
+import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
+from commands import command_line
 
 from fedpipe_core.config_file import load_config
 from fedpipe_core.reference import render_reference
@@ -22,3 +26,23 @@ def test_example_loads_and_names_data_that_is_there(path: Path) -> None:
     for edge in config.edges:
         assert Path(config.data.train.replace("{edge_id}", edge.edge_id)).is_file()
     assert Path(config.data.test).is_file()
+
+
+@pytest.mark.slow
+def test_language_model_example_trains_writes_and_is_judged(tmp_path: Path) -> None:
+    little = {
+        "rounds": 1,
+        "training.examples_per_round": 64,
+        "planning.profile_steps": 5,
+        "evaluation.examples_per_round": 16,
+        "evaluation.generate.examples": 4,
+    }
+    changes = [word for key, value in little.items() for word in ("--set", f"{key}={value}")]
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    command = command_line("run", EXAMPLES / "e2e" / "federation.yaml", *changes, "--no-release", "--json")
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    before, after = (found[name] for name in ("baseline_metrics", "metrics"))
+    assert {"loss", "perplexity", "token_accuracy", "bleu", "chrf"} <= set(after)
+    assert after["loss"] < before["loss"]

@@ -136,7 +136,7 @@ def test_a_price_on_parameters_spares_those_that_bring_little(price):
     profiles = five_edges()
     free, priced = (
         plan_federation(ENCODER, profiles, make_config(list(profiles), planning=planning))
-        for planning in ({"round_seconds": 30.0}, {"round_seconds": 30.0, "parameter_price": price})
+        for planning in ({"round_seconds": 30.0, "parameter_price": cost} for cost in (0.0, price))
     )
     for edge_id, edge in priced.edges.items():
         assert edge.predicted.upload_bytes < free.edges[edge_id].predicted.upload_bytes
