@@ -2,8 +2,8 @@
 
 Given every edge's profile it maximises, per edge, Σ utility(module, rank) − price·(share of parameters trained) − loss
 of the base's bits − penalty·u, where u = max(0, 1 − processed/planned) is the under-training rate, with examples in
-large batches counting for less (gradient noise scale), subject to the edge's memory and to one round deadline shared
-by all edges. The parts: `planning_utility` says what a rank is worth, `costs` what it costs, `planning_deadline` how long
+large batches counting for less (gradient noise scale), subject to the edge's memory and to one round deadline shared by
+all edges. The parts: `planning_utility` says what a rank is worth, `costs` what it costs, `planning_deadline` how long
 a round lasts, `planning_greedy` and `planning_solver` find the selection, `planning_checks` what is refused.
 The same profiles and config give the same plan, byte for byte.
 """
