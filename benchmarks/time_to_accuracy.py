@@ -47,6 +47,7 @@ COMMON: dict[str, Any] = {
     "model.bits": [32, 8, 4],
     "planning.ranks": [1, 2, 4, 8, 16],
     "planning.batch_sizes": [8, 16, 32],
+    "planning.parameter_price": 0.3,
     "aggregation.rank_cap": 16,
 }
 UNIFORM = {"method": "fedlora", "aggregation.rule": "fedavg", "planning.importance": "uniform"}

@@ -160,7 +160,7 @@ class PlanningSpec(Spec):
         description="Weight of the share of a round's planned examples an edge cannot process before the deadline",
     )
     parameter_price: float = Field(
-        0.3,
+        0.0,
         ge=0,
         lt=1,
         description="What a share of the menu's adapter parameters must bring, as a share of the menu's importance, to "

@@ -1,14 +1,13 @@
 """`prefect.yaml` on a real server: deployed by its command, started through its API as the UI does, run by a worker."""
 
 import shlex
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from prefect_processes import call, running, wait_for
+from prefect_processes import ask, call, running, wait_for
 from remote_federation import START_WORKER, deployed_server
 from tiny_federation import write_federation
 
@@ -52,16 +51,6 @@ def tiny(tmp_path: Path) -> dict[str, Any]:
     """The config of a federation that takes seconds, as JSON with absolute paths."""
     config: dict[str, Any] = read_config(str(write_federation(tmp_path, rounds=1)))["config"]
     return config
-
-
-def ask(api: httpx.Client, method: str, address: str, body: object = None) -> httpx.Response:
-    """The server's answer; asked again while its database is busy."""
-    for _ in range(20):
-        answer = api.request(method, address, json=body)
-        if not answer.is_server_error:
-            break
-        time.sleep(0.5)
-    return answer
 
 
 def deployment(api: httpx.Client, name: str) -> dict[str, Any]:

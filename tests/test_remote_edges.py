@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 from commands import Outcome, command_line, running
+from prefect_processes import ask
 from prefect_processes import running as worker_running
 from remote_federation import Keys, deployed_server, edge_workers, federation_keys
 from s3_servers import moto_server
@@ -201,17 +202,17 @@ def test_run_cancelled_in_the_ui_stops_every_edge_within_30_seconds(
     config = read_config(str(federation / "federation.yaml"))["config"]
     with (
         worker_running(["worker", "start", "--pool", "fedpipe"], server, federation / "coordinator.log"),
-        httpx.Client(base_url=server["PREFECT_API_URL"]) as api,
+        httpx.Client(base_url=server["PREFECT_API_URL"], timeout=30) as api,
     ):
-        deployment = api.get("/deployments/name/federated_finetune/intents", timeout=30).json()["id"]
+        deployment = ask(api, "GET", "/deployments/name/federated_finetune/intents").json()["id"]
         parameters = {"config": config, "run": "cancelled", "release": False}
         body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
-        created = api.post(f"/deployments/{deployment}/create_flow_run", json=body, timeout=30).raise_for_status()
+        created = ask(api, "POST", f"/deployments/{deployment}/create_flow_run", body).raise_for_status()
         wait_until(federation / "out/store/cancelled/rounds/0001/updates/west.json")
         served = edge_processes()
         assert set(served) == set(REMOTE)
         cancelling = {"state": {"type": "CANCELLING"}}
-        api.post(f"/flow_runs/{created.json()['id']}/set_state", json=cancelling, timeout=30).raise_for_status()
+        ask(api, "POST", f"/flow_runs/{created.json()['id']}/set_state", cancelling).raise_for_status()
         _, alive = psutil.wait_procs(list(served.values()), timeout=30)
     assert not alive
 

@@ -73,6 +73,16 @@ def wait_for(found: Callable[[], T | None], seconds: float, what: str, log: Path
     raise AssertionError(f"waited {seconds} s for {what}; {log.name} ends with:\n{log.read_text()[-4000:]}")
 
 
+def ask(api: httpx.Client, method: str, address: str, body: object = None) -> httpx.Response:
+    """The server's answer; asked again while its database is busy."""
+    for _ in range(20):
+        answer = api.request(method, address, json=body)
+        if not answer.is_server_error:
+            break
+        time.sleep(0.5)
+    return answer
+
+
 def _answers(url: str) -> bool:
     try:
         return httpx.get(url, timeout=2).is_success
