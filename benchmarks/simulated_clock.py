@@ -204,7 +204,7 @@ def _on_all(sessions: Sequence[EdgeSession], setting: Setting, step: Callable[[E
 def _plan_summary(coordinator: Coordinator, plan: FederationPlan, edge_id: str) -> Run:
     found = plan.edges[edge_id]
     shapes = coordinator.shape.modules
-    trained = sum(rank * (shapes[m].out_features + shapes[m].in_features) for m, rank in found.ranks.items())
+    trained = sum(rank * shapes[m].features for m, rank in found.ranks.items())
     return {
         "modules": len(found.ranks),
         "rank_sum": sum(found.ranks.values()),

@@ -31,6 +31,7 @@ from fedpipe_core.training import train
 CONFIG = Path(__file__).parent.parent / "examples" / "e2e" / "federation.yaml"
 RANK, BATCH_SIZE, RATE = 16, 16, 1e-4
 ROWS = 2048
+GROUPED_STEPS = 64  # over which padding is counted: groups are made within windows of 16 batches
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Workload:
         order = torch.randperm(len(self.rows), generator=generator).tolist()
         return [order[k * BATCH_SIZE : (k + 1) * BATCH_SIZE] for k in range(self.steps)]
 
+    def padded(self, steps: Sequence[list[int]]) -> list[Batch]:
+        """The rows of each step, padded to the longest."""
+        return [pad_batch(self.rows, step) for step in steps]
+
+    def grouped(self, turn: int, steps: int, packed_width: int | None = None) -> list[Batch]:
+        """Batches in the order of an edge, whose rows are grouped by length; the same rows when packed."""
+        return list(training_batches(self.rows, BATCH_SIZE, steps, [turn], packed_width))
+
     def edge(self) -> EdgeModel:
         """A fresh model with adapters on every projection."""
         shapes = adaptable_modules(self.base.model)
@@ -57,10 +66,9 @@ class Workload:
         return edge
 
 
-def ours(work: Workload, batches: Sequence[Batch]) -> float:
+def ours(work: Workload, batches: Sequence[Batch], tokens: int) -> float:
     """Useful tokens per second of our loop."""
-    edge, tokens = work.edge(), sum(map(useful_tokens, batches))
-    report = train(edge, iter(batches), TrainingSpec(learning_rate=RATE), rate=1.0)
+    report = train(work.edge(), iter(batches), TrainingSpec(learning_rate=RATE), rate=1.0)
     return tokens / report.seconds
 
 
@@ -111,37 +119,39 @@ def trainers(work: Workload, steps: Sequence[list[int]]) -> float:
         )
         trainer.remove_callback(PrinterCallback)  # it writes to stdout
         trainer.train()
-    batches = [pad_batch(work.rows, step) for step in steps]
-    return sum(map(useful_tokens, batches)) / (clock.ended - clock.started)
+    return useful_tokens(work.padded(steps)) / (clock.ended - clock.started)
 
 
-def useful_tokens(batch: Batch) -> int:
-    """Tokens of the rows: all that is not padding."""
-    if "attention_mask" in batch:
-        return int(batch["attention_mask"].sum())
-    positions = batch["position_ids"]
-    begun = (positions == 0).int().cumsum(dim=1)
-    padding = torch.diff(positions, prepend=positions[:, :1] - 1, dim=1).ne(1) & positions.eq(1)
-    return int((begun.bool() & ~padding.int().cumsum(dim=1).bool()).sum())
+def useful_tokens(batches: Sequence[Batch]) -> int:
+    """Tokens of the rows of padded batches: all that is not padding, which packing does not change."""
+    return sum(int(batch["attention_mask"].sum()) for batch in batches)
 
 
 def kinds(work: Workload, turn: int) -> dict[str, Callable[[], float]]:
     """What is timed in a turn, by name."""
     steps = work.shuffled(turn)
-    grouped = list(training_batches(work.rows, BATCH_SIZE, work.steps, [turn]))
-    grouped_and_packed = list(training_batches(work.rows, BATCH_SIZE, work.steps, [turn], work.max_tokens))
+    padded, packed = work.padded(steps), [pack_batch(work.rows, step, work.max_tokens) for step in steps]
+    grouped, grouped_and_packed = work.grouped(turn, work.steps), work.grouped(turn, work.steps, work.max_tokens)
+    in_random_order, in_groups = useful_tokens(padded), useful_tokens(grouped)
     return {
         "transformers.Trainer": lambda: trainers(work, steps),
-        "ours, random order": lambda: ours(work, [pad_batch(work.rows, step) for step in steps]),
-        "ours, packed": lambda: ours(work, [pack_batch(work.rows, step, work.max_tokens) for step in steps]),
-        "ours, length-grouped": lambda: ours(work, grouped),
-        "ours, length-grouped and packed": lambda: ours(work, grouped_and_packed),
+        "ours, random order": lambda: ours(work, padded, in_random_order),
+        "ours, packed": lambda: ours(work, packed, in_random_order),
+        "ours, length-grouped": lambda: ours(work, grouped, in_groups),
+        "ours, length-grouped and packed": lambda: ours(work, grouped_and_packed, in_groups),
     }
 
 
-def padding_share(batches: Sequence[Batch]) -> float:
-    """Share of the tokens computed that are padding."""
-    return 1 - sum(map(useful_tokens, batches)) / sum(batch["input_ids"].numel() for batch in batches)
+def padding_shares(work: Workload) -> dict[str, float]:
+    """Share of the tokens computed that are padding, by the order of rows."""
+    padded, grouped = work.padded(work.shuffled(0)), work.grouped(0, GROUPED_STEPS)
+    packed = work.grouped(0, GROUPED_STEPS, work.max_tokens)
+    useful = {"random order": padded, "length-grouped": grouped, "length-grouped and packed": grouped}
+    computed = dict(zip(useful, (padded, grouped, packed), strict=True))
+    return {
+        name: 1 - useful_tokens(useful[name]) / sum(batch["input_ids"].numel() for batch in batches)
+        for name, batches in computed.items()
+    }
 
 
 def prepare(steps: int) -> Workload:
@@ -174,14 +184,7 @@ def main() -> None:
         }
         for name, found in speeds.items()
     }
-    many = 64
-    padding = {
-        "random order": padding_share([pad_batch(work.rows, step) for step in work.shuffled(0)]),
-        "length-grouped": padding_share(list(training_batches(work.rows, BATCH_SIZE, many, [0]))),
-        "length-grouped and packed": padding_share(
-            list(training_batches(work.rows, BATCH_SIZE, many, [0], work.max_tokens))
-        ),
-    }
+    padding = padding_shares(work)
     head = ("kind", "useful tokens/s", "× Trainer", "× random order")
     lines = [
         (name, *(f"{value:.2f}" if value < 100 else f"{value:.0f}" for value in row.values()))

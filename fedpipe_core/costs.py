@@ -7,7 +7,7 @@ gradient of the input); a trained adapter adds a third (for its own gradient). G
 that carries an adapter, so blocks below it cost a forward product and keep no activations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -173,8 +173,7 @@ class CostModel:
 
     def upload_bytes(self, ranks: Mapping[str, int]) -> int:
         """Bytes of the trained factors and the head."""
-        head = self.shape.head_parameters * WIRE_BYTES[self.wire_dtype]
-        return round(head + sum(self.module_upload_bytes(name, rank) for name, rank in ranks.items()))
+        return self._file_bytes(self.module_upload_bytes(name, rank) for name, rank in ranks.items())
 
     def module_upload_bytes(self, module: str, rank: int) -> float:
         """Bytes of what an edge trained of one module's B and A."""
@@ -182,9 +181,8 @@ class CostModel:
 
     def download_bytes(self, ranks: Mapping[str, int]) -> int:
         """Bytes of the global adapter and the head."""
-        head = self.shape.head_parameters * WIRE_BYTES[self.wire_dtype]
         held = {**ranks, **self.global_ranks}
-        return round(head + sum(self._wire_bytes(name, rank * self._features(name)) for name, rank in held.items()))
+        return self._file_bytes(self._wire_bytes(name, rank * self._features(name)) for name, rank in held.items())
 
     @cached_property
     def _num_blocks(self) -> int:
@@ -209,6 +207,9 @@ class CostModel:
         each = cost.per_token_feature_seconds + cost.per_token_rank_seconds * rank if rank else 0.0
         return each * self._features(module)
 
+    def _file_bytes(self, modules: Iterable[float]) -> int:
+        return round(self.shape.head_parameters * WIRE_BYTES[self.wire_dtype] + sum(modules))
+
     def _wire_bytes(self, module: str, values: int) -> float:
         header = HEADER_BYTES[self.wire_dtype] + HEADER_NAMES[self.wire_dtype] * len(module)
         return values * WIRE_BYTES[self.wire_dtype] + header
@@ -217,8 +218,7 @@ class CostModel:
         return self.shape.modules[module].out_features if self.frozen_a else self._features(module)
 
     def _features(self, module: str) -> int:
-        shape = self.shape.modules[module]
-        return shape.out_features + shape.in_features
+        return self.shape.modules[module].features
 
     def _logits_bytes(self, tokens: float) -> float:
         longest = self.profile.longest_example_tokens or self.profile.tokens_per_example

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from fedpipe_core.edge_model import move_batch
 from fedpipe_core.generation import write_texts
 from fedpipe_core.losses import class_logits, token_logits
 from fedpipe_core.predictions import Answers, Predictions, metric_of
+from fedpipe_core.side_by_side import side_by_side
 from fedpipe_core.text_metrics import text_counts
 from fedpipe_core.token_predictions import TokenPredictions
 from fedpipe_core.tokenizing import Prompts, TokenizedExamples
@@ -42,8 +42,7 @@ def predict(
     """Answer every example, in the examples' own order; the loss is cross-entropy in nats.
 
     A language model also continues the prompts of `writing`, if any.
-    `batches_at_once` threads of one core each share the batches. They never wait for each other, so they stay fast on
-    a machine that has other work, where one operation spread over all cores waits for the slowest.
+    `batches_at_once` threads of one core each share the batches.
     """
     if not examples.per_token:
         predicted, losses = _answers(model, examples, batch_size, batches_at_once, _classify)
@@ -89,10 +88,7 @@ def _answers(
         indices, batch = indexed
         values[:, indices] = answer(model, batch).double().cpu().numpy()
 
-    with ThreadPoolExecutor(batches_at_once, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        run = map if batches_at_once == 1 else threads.map
-        for _ in run(fill, evaluation_batches(examples, batch_size)):
-            pass
+    side_by_side(fill, evaluation_batches(examples, batch_size), batches_at_once)
     return values
 
 

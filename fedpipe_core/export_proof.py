@@ -5,7 +5,6 @@ Both are measured on padded batches of the held-out set. Metrics and losses are 
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from fedpipe_core.batches import Batch
 from fedpipe_core.edge_model import move_batch
 from fedpipe_core.schemas import Latency
+from fedpipe_core.side_by_side import side_by_side
 
 WARM_UPS = 2
 FEWEST_PAIRS = 8
@@ -35,8 +35,7 @@ def answers(model: nn.Module, batches: Sequence[Batch], batches_at_once: int = 1
         found: Tensor = likeliest[inputs["attention_mask"].bool()] if likeliest.ndim > 1 else likeliest
         return found
 
-    with ThreadPoolExecutor(batches_at_once, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        return torch.cat(list(threads.map(answer, batches))).cpu()
+    return torch.cat(side_by_side(answer, batches, batches_at_once)).cpu()
 
 
 def agreement(found: Tensor, reference: Tensor) -> float:

@@ -5,7 +5,6 @@ padding on the right would put it between prompt and answer.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from fedpipe_core.config_inputs import GenerationSpec
 from fedpipe_core.model import device_of
+from fedpipe_core.side_by_side import side_by_side
 from fedpipe_core.tokenizing import Prompts
 
 
@@ -31,10 +31,7 @@ def write_texts(
         for index, ids in zip(indices, _continued(model, rows, settings), strict=True):
             texts[index] = tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    with ThreadPoolExecutor(batches_at_once, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        run = map if batches_at_once == 1 else threads.map
-        for _ in run(answer, _batches(prompts, spec.batch_size)):
-            pass
+    side_by_side(answer, _batches(prompts, spec.batch_size), batches_at_once)
     return texts
 
 

@@ -82,7 +82,7 @@ def prepare_edges(
         check_profile(profile, shape)
         check_pin(edge_id, pins.get(edge_id, PlanPin()), shape, config)
     modules = adaptable_modules(shape, ranks)
-    features = np.array([shape.modules[name].out_features + shape.modules[name].in_features for name in modules])
+    features = np.array([shape.modules[name].features for name in modules])
     price = config.planning.parameter_price
     global_ranks = _largest_global_ranks(shape, profiles, pins, config)
     prepared = {}

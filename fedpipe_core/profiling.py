@@ -14,14 +14,13 @@ from fedpipe_core.errors import RunError
 from fedpipe_core.importance import score_modules
 from fedpipe_core.model import Base, device_of
 from fedpipe_core.resources import declared_step_cost, free_memory_bytes, measured_activation_cost, measured_step_cost
-from fedpipe_core.schemas import EdgeProfile, ModelShape
+from fedpipe_core.schemas import EdgeProfile, ModelShape, StepCost
 from fedpipe_core.tokenizing import TokenizedExamples
 
 GIB = 2**30
 COUNTED_EXAMPLES = (1, 4)  # in the two batches whose kept bytes are counted, which grow by the token exactly
-MOST_PROBED = (
-    16  # examples timed; on a CPU a token costs more once tensors exceed a MiB, which a smaller batch would hide
-)
+# Examples timed: on a CPU a token costs more once tensors exceed a MiB, which a smaller batch would hide.
+MOST_PROBED = 16
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ def profile_edge(
     started = time.perf_counter()
     declared = next(edge.resources for edge in config.edges if edge.edge_id == edge_id)
     scores = _scores(edge_id, base, data, config)
-    small, large = (probe_batch(data.train, size) for size in probe_sizes(config.planning.batch_sizes))
     return EdgeProfile(
         edge_id=edge_id,
         num_examples=len(data.train),
@@ -62,11 +60,7 @@ def profile_edge(
         data_fingerprint=data.fingerprint,
         memory_bytes=round(declared.memory_gib * GIB) if declared else free_memory_bytes(device_of(base.model)),
         bandwidth_bytes_per_second=_bandwidth(edge_id, declared, bandwidth),
-        step_cost=(
-            declared_step_cost(declared.tokens_per_second, declared.step_seconds, shape)
-            if declared
-            else measured_step_cost(base.model, small, large, config.model.bits)
-        ),
+        step_cost=_step_cost(base, shape, data, config, declared),
         activation_cost=measured_activation_cost(
             base.model, *(probe_batch(data.train, size) for size in COUNTED_EXAMPLES)
         ),
@@ -75,6 +69,15 @@ def profile_edge(
         declared=declared is not None,
         profile_seconds=time.perf_counter() - started,
     )
+
+
+def _step_cost(
+    base: Base, shape: ModelShape, data: EdgeData, config: FederationConfig, declared: ResourcesSpec | None
+) -> StepCost:
+    if declared is not None:
+        return declared_step_cost(declared.tokens_per_second, declared.step_seconds, shape)
+    small, large = (probe_batch(data.train, size) for size in probe_sizes(config.planning.batch_sizes))
+    return measured_step_cost(base.model, small, large, config.model.bits)
 
 
 def probe_sizes(batch_sizes: Sequence[int]) -> tuple[int, int]:

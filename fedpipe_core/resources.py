@@ -80,7 +80,7 @@ def measured_step_cost(
     or another that a comparison needs.
     """
     low, high = TIMED_RANKS
-    features = sum(shape.out_features + shape.in_features for shape in adaptable_modules(base).values())
+    features = sum(shape.features for shape in adaptable_modules(base).values())
     rows, seconds = [], []
     for rank, batch in ((0, large), (low, small), (low, large), (high, large)):
         tokens = float(batch["input_ids"].numel())

@@ -31,6 +31,11 @@ class ModuleShape(Record):
     in_features: PositiveInt
     layer: NonNegativeInt = Field(0, description="Index of the block it lies in, counted from the input")
 
+    @property
+    def features(self) -> int:
+        """Parameters of an adapter per rank: B is (out, r) and A is (r, in)."""
+        return self.out_features + self.in_features
+
 
 class ModelShape(Record):
     """What the cost model needs to know of a base model; the same on every edge."""

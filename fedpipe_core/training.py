@@ -59,10 +59,10 @@ def _backward(model: nn.Module, batch: Mapping[str, Tensor], micro_batch_size: i
     rows = len(batch["labels"])
     size = micro_batch_size or rows
     parts = [{name: value[start : start + size] for name, value in batch.items()} for start in range(0, rows, size)]
-    weights = [count_learned(part) / count_learned(batch) for part in parts]
+    learned = [count_learned(part) for part in parts]
     total = torch.zeros(())
-    for part, weight in zip(parts, weights, strict=True):
-        loss = training_loss(model, move_batch(part, model)) * weight
+    for part, count in zip(parts, learned, strict=True):
+        loss = training_loss(model, move_batch(part, model)) * (count / sum(learned))
         loss.backward()  # type: ignore[no-untyped-call]
         total = total + loss.detach().cpu()
     return total

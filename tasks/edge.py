@@ -5,7 +5,6 @@ mode; sessions in one process share one base per bit width.
 """
 
 import functools
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from prefect.cache_policies import NO_CACHE
 
 from fedpipe_core import aggregation_rules
 from fedpipe_core.adapters import Adapter
-from fedpipe_core.batches import Batch, pad_batch, training_batches
+from fedpipe_core.batches import Batch, training_batches
 from fedpipe_core.config import EdgeSpec, FederationConfig, ModelSpec
 from fedpipe_core.data import fingerprint, split_validation
 from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter, read_adapter, with_frozen_right_factors
@@ -28,7 +27,7 @@ from fedpipe_core.low_rank import LowRank
 from fedpipe_core.memory import training_memory_bytes
 from fedpipe_core.model import Base, load_base, model_shape
 from fedpipe_core.partition import load_edge_examples
-from fedpipe_core.profiling import EdgeData, profile_edge
+from fedpipe_core.profiling import EdgeData, probe_batch, profile_edge
 from fedpipe_core.schemas import (
     EdgePlan,
     FailureRecord,
@@ -169,10 +168,8 @@ class EdgeSession:
     @functools.cached_property
     def peak_memory_bytes(self) -> int:
         """What a step on the edge's longest rows holds; measured once."""
-        rows = sorted(range(len(self.data.train)), key=lambda row: -len(self.data.train.token_ids[row]))
         at_once = min(self.plan.batch_size, self.config.training.micro_batch_size or self.plan.batch_size)
-        batch = pad_batch(self.data.train, list(itertools.islice(itertools.cycle(rows), at_once)))
-        return training_memory_bytes(self.model, batch)
+        return training_memory_bytes(self.model, probe_batch(self.data.train, at_once))
 
     @property
     def state(self) -> Path:

@@ -35,7 +35,7 @@ from tasks.records import RunKeys
 
 SCHEMES = EXPORT_SCHEMES | QUANTIZED_SCHEMES
 COMPARED_EXAMPLES = 512  # on which answers are compared one by one
-COMPARED_BATCH = 32
+COMPARED_BATCH = 32  # at most, so that every core has some
 COMPARED_TEXTS = 128  # of a language model, each with as many answers as tokens
 TIMED_EXAMPLES = 8
 

@@ -1,12 +1,10 @@
 """What `examples/` holds is what the code accepts today."""
 
-import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
-from commands import command_line
+from commands import run_to_end
 
 from fedpipe_core.config_file import load_config
 from fedpipe_core.reference import render_reference
@@ -39,10 +37,9 @@ def test_language_model_example_trains_writes_and_is_judged(tmp_path: Path) -> N
     }
     changes = [word for key, value in little.items() for word in ("--set", f"{key}={value}")]
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
-    command = command_line("run", EXAMPLES / "e2e" / "federation.yaml", *changes, "--no-release", "--json")
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    before, after = (found[name] for name in ("baseline_metrics", "metrics"))
+    arguments = ("run", EXAMPLES / "e2e" / "federation.yaml", *changes, "--no-release", "--json")
+    outcome = run_to_end(environment, tmp_path, *arguments)
+    assert outcome.exit_code == 0, outcome.stderr
+    before, after = (outcome.document[name] for name in ("baseline_metrics", "metrics"))
     assert {"loss", "perplexity", "token_accuracy", "bleu", "chrf"} <= set(after)
     assert after["loss"] < before["loss"]

@@ -1,6 +1,7 @@
 """Edges on machines of their own: a Prefect server, workers and the command, all in processes of their own."""
 
 import random
+import shlex
 import signal
 import subprocess
 import time
@@ -12,10 +13,10 @@ import boto3
 import httpx
 import psutil
 import pytest
-from commands import Outcome, command_line, running
+from commands import Outcome, run_to_end, running
 from prefect_processes import ask
 from prefect_processes import running as worker_running
-from remote_federation import Keys, deployed_server, edge_workers, federation_keys
+from remote_federation import START_WORKER, Keys, deployed_server, edge_workers, federation_keys
 from s3_servers import moto_server
 from tiny_federation import EDGES, write_config, write_federation
 
@@ -70,11 +71,7 @@ def run_arguments(folder: Path, name: str, *more: object) -> tuple[object, ...]:
 
 def finish(environment: dict[str, str], folder: Path, name: str, *more: object) -> Outcome:
     """Run the command to its end."""
-    command = command_line(*run_arguments(folder, name, *more))
-    done = subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=RUN_SECONDS, check=False
-    )
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    return run_to_end(environment, folder, *run_arguments(folder, name, *more), seconds=RUN_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +198,7 @@ def test_run_cancelled_in_the_ui_stops_every_edge_within_30_seconds(
 ) -> None:
     config = read_config(str(federation / "federation.yaml"))["config"]
     with (
-        worker_running(["worker", "start", "--pool", "fedpipe"], server, federation / "coordinator.log"),
+        worker_running(shlex.split(START_WORKER), server, federation / "coordinator.log"),
         httpx.Client(base_url=server["PREFECT_API_URL"], timeout=30) as api,
     ):
         deployment = ask(api, "GET", "/deployments/name/federated_finetune/intents").json()["id"]

@@ -1,12 +1,11 @@
 """What the tests of the pipeline share: one Prefect server, one finished run, and the command in and out of process."""
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import Command, FinishedRun, Outcome, command_line, invoke
+from commands import Command, FinishedRun, Outcome, invoke, run_to_end
 from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
 from tiny_federation import write_federation
@@ -57,9 +56,6 @@ def fedpipe_process(environment: dict[str, str], tmp_path: Path) -> Command:
 
     def call(*arguments: object, **changes: str | None) -> Outcome:
         merged = {name: value for name, value in {**environment, **changes}.items() if value is not None}
-        done = subprocess.run(
-            command_line(*arguments), env=merged, cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        return Outcome(done.returncode, done.stdout, done.stderr)
+        return run_to_end(merged, tmp_path, *arguments)
 
     return call

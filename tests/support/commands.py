@@ -56,6 +56,15 @@ def command_line(*arguments: object) -> list[str]:
     return [str(Path(sys.executable).with_name("fedpipe")), *map(str, arguments)]
 
 
+def run_to_end(environment: dict[str, str], folder: Path, *arguments: object, seconds: float | None = None) -> Outcome:
+    """The command in a process of its own; fails when it is not done in time."""
+    done = subprocess.run(
+        command_line(*arguments), env=environment, cwd=folder, capture_output=True, text=True, timeout=seconds,
+        check=False,
+    )  # fmt: skip
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
 @contextmanager
 def running(environment: dict[str, str], folder: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
     """The command in a session of its own, as a terminal would have started it."""
