@@ -96,6 +96,15 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def bits_of(model: nn.Module) -> int:
+    """Width of the matrices of a model's blocks, as bitsandbytes or their number format has it."""
+    if getattr(model, "is_loaded_in_4bit", False):
+        return 4
+    if getattr(model, "is_loaded_in_8bit", False):
+        return 8
+    return 8 * next(model.parameters()).element_size()
+
+
 def block_prefixes(model: nn.Module) -> list[str]:
     """Name prefixes of the repeated blocks, in order: the items of every outermost list that holds a linear map."""
     found: list[str] = []

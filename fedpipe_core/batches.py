@@ -40,8 +40,6 @@ def training_batches(
     `packed_width`, in tokens, those of `packing.pack_batch`.
     Raises DataError if there are no rows.
     """
-    if not len(tokenized):
-        raise DataError("there are 0 rows to train on, needed at least one; give the edge data or leave it out")
     order = _epochs(_lengths(tokenized), batch_size, random_generator("training_batches", *seed_parts))
     for _ in range(steps):
         indices = list(itertools.islice(order, batch_size))
@@ -65,6 +63,7 @@ def tokens_per_example(tokenized: TokenizedExamples, batch_size: int, pad_to_mul
     """Mean padded length of an example in `training_batches`, in tokens: the mean width of a batch.
 
     It is read off one epoch (of 64 batches at least) in an order of its own; other orders differ by chance alone.
+    Raises DataError if there are no rows.
     """
     lengths = _lengths(tokenized)
     order = _epochs(lengths, batch_size, random_generator("tokens_per_example"))
@@ -100,6 +99,8 @@ def _padded_length(length: int, multiple: int) -> int:
 
 
 def _lengths(tokenized: TokenizedExamples) -> NDArray[np.int64]:
+    if not len(tokenized):
+        raise DataError("there are 0 rows to train on, needed at least one; give the edge data or leave it out")
     return np.array([len(ids) for ids in tokenized.token_ids], dtype=np.int64)
 
 

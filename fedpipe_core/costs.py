@@ -7,7 +7,7 @@ gradient of the input); a trained adapter adds a third (for its own gradient). G
 that carries an adapter, so blocks below it cost a forward product and keep no activations.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -101,12 +101,7 @@ class CostModel:
 
     def resident_bytes(self, bits: int) -> float:
         """Memory that neither batch nor adapters change: base, head, one dequantized matrix, fixed part."""
-        shape, value = self.shape, self.profile.value_bytes
-        quantized = bits < 16
-        dense = value if quantized else BASE_BYTES[bits]
-        base = shape.linear_parameters * BASE_BYTES[bits] + shape.other_parameters * dense
-        dequantized = value * self._largest_matrix if quantized else 0
-        return base + TRAINED_BYTES * shape.head_parameters + dequantized + self.profile.fixed_bytes
+        return base_bytes(self.shape, bits, self.profile.value_bytes) + self.profile.fixed_bytes
 
     def adapter_bytes(self, module: str, rank: int) -> float:
         """Parameters, gradients and optimizer state of one adapter, and its frozen tail."""
@@ -192,10 +187,6 @@ class CostModel:
     def _widest_module(self) -> int:
         return max((self._features(name) for name in self.shape.modules), default=0)
 
-    @cached_property
-    def _largest_matrix(self) -> int:
-        return max((m.out_features * m.in_features for m in self.shape.modules.values()), default=0)
-
     def _frozen_share(self, lowest_block: int, checkpointing: bool) -> float:
         """Forward everywhere; backward, and a second forward when checkpointing, in the reached blocks."""
         reached = (self._num_blocks - lowest_block) / self._num_blocks
@@ -224,6 +215,26 @@ class CostModel:
         longest = self.profile.longest_example_tokens or self.profile.tokens_per_example
         positions = tokens if self.shape.scored_positions == "token" else tokens / longest
         return 2 * self.profile.value_bytes * self.shape.output_features * positions
+
+
+def base_bytes(shape: ModelShape, bits: int, value_bytes: int) -> float:
+    """A base at a bit width, with a matrix dequantized at a time where it is quantized, and its trained head."""
+    quantized = bits < 16
+    base = shape.linear_parameters * BASE_BYTES[bits]
+    base += shape.other_parameters * (value_bytes if quantized else BASE_BYTES[bits])
+    largest = max((m.out_features * m.in_features for m in shape.modules.values()), default=0)
+    return base + TRAINED_BYTES * shape.head_parameters + (value_bytes * largest if quantized else 0)
+
+
+def probed_bits(shape: ModelShape, menu: Sequence[int], probe_rank: int, value_bytes: int, memory_bytes: float) -> int:
+    """The widest base of a menu beside which adapters of `probe_rank` on every module fit; the narrowest if none does.
+
+    It is the base on which an edge is profiled, chosen before anything is loaded; activations are left to the batch.
+    """
+    probes = TRAINED_BYTES * probe_rank * sum(module.features for module in shape.modules.values())
+    widths = sorted(menu, reverse=True)
+    fitting = (bits for bits in widths if base_bytes(shape, bits, value_bytes) + probes <= memory_bytes)
+    return next(fitting, widths[-1])
 
 
 def predict(  # noqa: PLR0913  the six that make up a plan, and the setting

@@ -31,12 +31,14 @@ from fedpipe_core.architecture import (
 from fedpipe_core.base_folder import base_sha256, resolve_base
 from fedpipe_core.config import ModelSpec
 from fedpipe_core.errors import ModelError
+from fedpipe_core.schemas import ModelShape
 
 __all__ = [
     "Base",
     "adaptable_modules",
     "auto_class",
     "base_sha256",
+    "base_shape",
     "bitsandbytes_config",
     "device_of",
     "head_modules",
@@ -88,6 +90,15 @@ def load_base(spec: ModelSpec, labels: int | None, bits: int, seed: int) -> Base
     return Base(model, tokenizer, folder, base_sha256(folder), bits)
 
 
+def base_shape(spec: ModelSpec, labels: int | None) -> ModelShape:
+    """What the cost model needs to know of a base, from its config alone: no weight is read.
+
+    Raises ModelError when there is no such base, or its weights are quantized already.
+    """
+    quiet_transformers()
+    return model_shape(_empty_model(resolve_base(spec.base), spec, labels), labels)
+
+
 def share(model: nn.Module) -> nn.Module:
     """Copy the module tree but not the tensors: adapters put on the copy leave the original and its siblings alone."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -132,7 +143,7 @@ def _load_model(folder: Path, spec: ModelSpec, labels: int | None, bits: int, se
     options |= {} if labels is None else {"num_labels": labels}
     options["trust_remote_code"] = spec.trust_remote_code
     try:
-        unquantized = _dense_modules(folder, spec)
+        unquantized = _dense_modules(_empty_model(folder, spec, labels))
         if bits < 16:
             options |= {"quantization_config": bitsandbytes_config(unquantized, bits, dtype), "device_map": device}
         with _seeded(seed):
@@ -203,8 +214,8 @@ def bitsandbytes_config(unquantized: list[str], bits: int, dtype: torch.dtype) -
     )
 
 
-def _dense_modules(folder: Path, spec: ModelSpec) -> list[str]:
-    """Linear maps outside the blocks, which are never quantized; read from the architecture without loading a weight.
+def _empty_model(folder: Path, spec: ModelSpec, labels: int | None) -> nn.Module:
+    """The architecture without weights.
 
     Raises ModelError when the folder holds weights that are quantized already.
     """
@@ -213,8 +224,15 @@ def _dense_modules(folder: Path, spec: ModelSpec) -> list[str]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"model in {folder} is quantized already; give the dense one, model.bits decides its width")
+    if labels is not None:
+        config.num_labels = labels
     with torch.device("meta"):
-        model = auto_class(spec.task).from_config(config, trust_remote_code=spec.trust_remote_code)
+        model: nn.Module = auto_class(spec.task).from_config(config, trust_remote_code=spec.trust_remote_code)
+    return model
+
+
+def _dense_modules(model: nn.Module) -> list[str]:
+    """Linear maps outside the blocks, which are never quantized."""
     blocks = tuple(block_prefixes(model))
     return [name for name, part in model.named_modules() if linear_size(part) and not f"{name}.".startswith(blocks)]
 

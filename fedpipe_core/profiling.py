@@ -7,13 +7,21 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
 
 from fedpipe_core.batches import Batch, longest_example_tokens, pad_batch, tokens_per_example, training_batches
 from fedpipe_core.config import FederationConfig, ResourcesSpec
-from fedpipe_core.errors import RunError
+from fedpipe_core.costs import CostModel, Work
 from fedpipe_core.importance import score_modules
-from fedpipe_core.model import Base, device_of
-from fedpipe_core.resources import declared_step_cost, free_memory_bytes, measured_activation_cost, measured_step_cost
+from fedpipe_core.model import Base
+from fedpipe_core.resources import (
+    TIMED_RANKS,
+    declared_step_cost,
+    measured_activation_cost,
+    measured_step_cost,
+)
 from fedpipe_core.schemas import EdgeProfile, ModelShape, StepCost
 from fedpipe_core.tokenizing import TokenizedExamples
 
@@ -41,16 +49,44 @@ class EdgeData:
         return ", ".join(said)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What an edge may use, measured or declared: memory for training, base included, and its link to the store."""
+
+    memory_bytes: int
+    bandwidth_bytes_per_second: float
+
+
+def declared_limits(resources: ResourcesSpec) -> Limits:
+    """The limits that the config declares."""
+    return Limits(round(resources.memory_gib * GIB), resources.bandwidth_mbit * 1e6 / 8)
+
+
 def profile_edge(
-    edge_id: str, base: Base, shape: ModelShape, data: EdgeData, config: FederationConfig, bandwidth: float | None
+    edge_id: str, base: Base, shape: ModelShape, data: EdgeData, config: FederationConfig, limits: Limits
 ) -> EdgeProfile:
-    """Measure one edge. `bandwidth` is the measured link in bytes per second, None where resources are declared.
+    """Measure one edge on a base of any width, in batches that its memory holds.
 
     Raises DataError when the edge has no training rows.
     """
     started = time.perf_counter()
     declared = next(edge.resources for edge in config.edges if edge.edge_id == edge_id)
-    scores = _scores(edge_id, base, data, config)
+    sketch = _sketch(edge_id, base, shape, data, config, limits)
+    return sketch.model_copy(
+        update={
+            "scores": _scores(base, shape, data, config, sketch),
+            "step_cost": sketch.step_cost if declared else _step_cost(base, shape, data, config, sketch),
+            "profile_seconds": time.perf_counter() - started,
+        }
+    )
+
+
+def _sketch(
+    edge_id: str, base: Base, shape: ModelShape, data: EdgeData, config: FederationConfig, limits: Limits
+) -> EdgeProfile:
+    """The profile before anything is trained: enough to tell which batch fits. An undeclared step time is made up."""
+    declared = next(edge.resources for edge in config.edges if edge.edge_id == edge_id)
+    per_second, step_seconds = (declared.tokens_per_second, declared.step_seconds) if declared else (1.0, 0.0)
     return EdgeProfile(
         edge_id=edge_id,
         num_examples=len(data.train),
@@ -58,25 +94,37 @@ def profile_edge(
         tokens_per_example=tokens_per_example(data.train, max(config.planning.batch_sizes)),
         longest_example_tokens=longest_example_tokens(data.train),
         data_fingerprint=data.fingerprint,
-        memory_bytes=round(declared.memory_gib * GIB) if declared else free_memory_bytes(device_of(base.model)),
-        bandwidth_bytes_per_second=_bandwidth(edge_id, declared, bandwidth),
-        step_cost=_step_cost(base, shape, data, config, declared),
+        memory_bytes=limits.memory_bytes,
+        bandwidth_bytes_per_second=limits.bandwidth_bytes_per_second,
+        step_cost=declared_step_cost(per_second, step_seconds, shape),
         activation_cost=measured_activation_cost(
             base.model, *(probe_batch(data.train, size) for size in COUNTED_EXAMPLES)
         ),
-        value_bytes=2 if base.bits == 16 else 4,
-        scores=scores,
+        value_bytes=value_bytes(base.model),
+        scores={},
         declared=declared is not None,
-        profile_seconds=time.perf_counter() - started,
     )
 
 
+def value_bytes(model: nn.Module) -> Literal[2, 4]:
+    """Bytes of an activation: those of the weights that are never quantized."""
+    return 2 if next(model.parameters()).element_size() == 2 else 4
+
+
+def most_examples(sketch: EdgeProfile, shape: ModelShape, bits: int, rank: int, wanted: int) -> int:
+    """Examples of the largest batch, halved from `wanted`, whose step with every module adapted fits; at least one."""
+    costs, ranks = CostModel(shape, sketch), dict.fromkeys(shape.modules, rank)
+    while wanted > 1 and costs.peak_memory_bytes(Work(ranks, wanted, 1, bits), 0) > sketch.memory_bytes:
+        wanted //= 2
+    return wanted
+
+
 def _step_cost(
-    base: Base, shape: ModelShape, data: EdgeData, config: FederationConfig, declared: ResourcesSpec | None
+    base: Base, shape: ModelShape, data: EdgeData, config: FederationConfig, sketch: EdgeProfile
 ) -> StepCost:
-    if declared is not None:
-        return declared_step_cost(declared.tokens_per_second, declared.step_seconds, shape)
-    small, large = (probe_batch(data.train, size) for size in probe_sizes(config.planning.batch_sizes))
+    sizes = probe_sizes(config.planning.batch_sizes)
+    most = most_examples(sketch, shape, base.bits, max(TIMED_RANKS), max(sizes))
+    small, large = (probe_batch(data.train, min(size, most)) for size in sizes)
     return measured_step_cost(base.model, small, large, config.model.bits)
 
 
@@ -86,10 +134,13 @@ def probe_sizes(batch_sizes: Sequence[int]) -> tuple[int, int]:
     return max(1, large // 8), large
 
 
-def _scores(edge_id: str, base: Base, data: EdgeData, config: FederationConfig) -> dict[str, list[float]]:
+def _scores(
+    base: Base, shape: ModelShape, data: EdgeData, config: FederationConfig, sketch: EdgeProfile
+) -> dict[str, list[float]]:
     spec = config.planning
-    parts = (config.seed, "profile", edge_id)
-    batches = training_batches(data.train, spec.profile_batch_size, spec.profile_steps, parts)
+    parts = (config.seed, "profile", sketch.edge_id)
+    size = most_examples(sketch, shape, base.bits, spec.probe_rank, spec.profile_batch_size)
+    batches = training_batches(data.train, size, spec.profile_steps, parts)
     return score_modules(base.model, batches, spec, config.seed)
 
 
@@ -97,11 +148,3 @@ def probe_batch(examples: TokenizedExamples, size: int) -> Batch:
     """The longest rows, again and again if they are few, so that every batch is as wide as the widest."""
     longest = sorted(range(len(examples)), key=lambda index: -len(examples.token_ids[index]))
     return pad_batch(examples, list(itertools.islice(itertools.cycle(longest), size)))
-
-
-def _bandwidth(edge_id: str, declared: ResourcesSpec | None, measured: float | None) -> float:
-    if declared is not None:
-        return declared.bandwidth_mbit * 1e6 / 8
-    if measured is None:
-        raise RunError(f"{edge_id}: the link to the store was not measured; declare resources.bandwidth_mbit")
-    return measured

@@ -16,6 +16,7 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from fedpipe_core.adapters import initial_adapter, split_for_edge
+from fedpipe_core.architecture import bits_of
 from fedpipe_core.batches import Batch
 from fedpipe_core.edge_model import build_edge_model, load_adapter, move_batch, own_head
 from fedpipe_core.losses import training_loss
@@ -75,27 +76,32 @@ def measured_step_cost(
 
     The kinds: no adapter, and adapters of two ranks on every module, with the large batch; the lower rank with the
     small batch. `small` and `large` are batches of the edge's own data. Each kind counts with the fastest of its steps,
-    since other work can only slow one down. `base` is dense; `bits` are the widths that a plan may choose, of which the
-    quantized ones are priced by what dequantization takes. `clock` gives seconds: wall time, which a round is made of,
-    or another that a comparison needs.
+    since other work can only slow one down. `bits` are the widths that a plan may choose, of which the quantized ones
+    are priced by what dequantization takes; on a quantized `base` that is taken off what was measured, so that the
+    coefficients are a dense base's. `clock` gives seconds: wall time, which a round is made of, or another that a
+    comparison needs.
     """
     low, high = TIMED_RANKS
+    quantized = sorted((width for width in {*bits, bits_of(base)} if width < 16), reverse=True)
+    dequantization = {width: _dequantization_seconds(base, width, clock) for width in quantized}
+    dequantized = dequantization.get(bits_of(base), 0.0)
     features = sum(shape.features for shape in adaptable_modules(base).values())
     rows, seconds = [], []
     for rank, batch in ((0, large), (low, small), (low, large), (high, large)):
         tokens = float(batch["input_ids"].numel())
         rows.append([1.0, tokens, tokens * features * (rank > 0), tokens * features * rank])
         step = _adapted_step(base, rank) if rank else _plain_step(base)
-        seconds.append(_fastest_seconds(partial(step, move_batch(batch, base)), device_of(base), clock))
+        taken = _fastest_seconds(partial(step, move_batch(batch, base)), device_of(base), clock)
+        seconds.append(max(0.0, taken - dequantized))
     matrix = torch.tensor(rows, dtype=torch.float64)
     scale = matrix.amax(dim=0)
     fitted = nnls((matrix / scale).numpy(), seconds)[0] / scale.numpy()
     return StepCost(
         fixed_seconds=float(fitted[0]),
-        per_token_seconds=float(fitted[1]) or seconds[0] / rows[0][1],
+        per_token_seconds=float(fitted[1]) or (seconds[0] or taken) / rows[0][1],
         per_token_feature_seconds=float(fitted[2]),
         per_token_rank_seconds=float(fitted[3]),
-        dequantization_seconds={width: _dequantization_seconds(base, width, clock) for width in bits if width < 16},
+        dequantization_seconds=dequantization,
     )
 
 

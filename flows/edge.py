@@ -32,6 +32,7 @@ def serve_edge(run: str, store: str, edge_id: str) -> State[None]:
             served_edge.load_base(session, record)
             edge.profile(session, session.shape)
             served.await_plan()
+            served_edge.keep_planned_base(session)
             while round_index := served.next_round():
                 edge.train_round(session, round_index)
     except StoppedError as stopped:

@@ -5,10 +5,11 @@ mode; sessions in one process share one base per bit width.
 """
 
 import functools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,15 +20,17 @@ from fedpipe_core import aggregation_rules
 from fedpipe_core.adapters import Adapter
 from fedpipe_core.batches import Batch, training_batches
 from fedpipe_core.config import EdgeSpec, FederationConfig, ModelSpec
+from fedpipe_core.costs import probed_bits
 from fedpipe_core.data import fingerprint, split_validation
 from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter, read_adapter, with_frozen_right_factors
 from fedpipe_core.errors import FedPipeError, IntegrityError
 from fedpipe_core.evaluation import metrics_of, predict
 from fedpipe_core.low_rank import LowRank
 from fedpipe_core.memory import training_memory_bytes
-from fedpipe_core.model import Base, load_base, model_shape
+from fedpipe_core.model import Base, base_shape, load_base, model_shape
 from fedpipe_core.partition import load_edge_examples
-from fedpipe_core.profiling import EdgeData, probe_batch, profile_edge
+from fedpipe_core.profiling import EdgeData, Limits, declared_limits, probe_batch, profile_edge
+from fedpipe_core.resources import free_memory_bytes
 from fedpipe_core.schemas import (
     EdgePlan,
     FailureRecord,
@@ -63,10 +66,21 @@ def shared_base(config: FederationConfig, bits: int) -> Base:
         return _loaded_base(config.model, config.data.labels, bits, config.seed)
 
 
-def dense_base(config: FederationConfig) -> Base:
-    """The base unquantized, on which adapters are scored, judged and merged: as wide as the config allows."""
+def dense_bits(config: FederationConfig) -> int:
+    """Width of the unquantized base: the widest of the menu, or what the device computes in."""
     widest = max(config.model.bits)
-    return shared_base(config, widest if widest >= 16 else 16 if torch.cuda.is_available() else 32)
+    return widest if widest >= 16 else 16 if torch.cuda.is_available() else 32
+
+
+def dense_base(config: FederationConfig) -> Base:
+    """The base unquantized, on which adapters are judged and merged."""
+    return shared_base(config, dense_bits(config))
+
+
+def let_go_of_bases() -> None:
+    """Free every base that nothing else holds, in a process that serves one edge: it trains on another width."""
+    with _loading:
+        _loaded_base.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -143,10 +157,32 @@ class EdgeSession:
             progress.note(f"{self.edge_id}: {shortened} at model.max_tokens {longest}")
         return found
 
+    @functools.cached_property
+    def limits(self) -> Limits:
+        """What the edge may use: declared, or measured when first asked for, which is before a base is loaded."""
+        declared, most = self.edge.resources, self.machine.memory_bytes or sys.maxsize
+        if declared is not None:
+            found = declared_limits(declared)
+        else:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            found = Limits(free_memory_bytes(device), link_bytes_per_second(self.store, self.keys, self.edge_id))
+        return replace(found, memory_bytes=min(found.memory_bytes, most))
+
+    @functools.cached_property
+    def profile_bits(self) -> int:
+        """Width of the base on which the edge is profiled: dense, or the widest of the menu that its memory holds."""
+        dense, limits = dense_bits(self.config), self.limits  # free memory is told before a base takes its part
+        menu = (dense, *(bits for bits in self.config.model.bits if bits < dense))
+        if len(menu) == 1:
+            return dense
+        shape = base_shape(self.config.model, self.config.data.labels)
+        value_bytes = 2 if torch.cuda.is_available() else 4
+        return probed_bits(shape, menu, self.config.planning.probe_rank, value_bytes, limits.memory_bytes)
+
     @property
     def profile_base(self) -> Base:
         """The base on which the edge is profiled."""
-        return dense_base(self.config)
+        return shared_base(self.config, self.profile_bits)
 
     @property
     def shape(self) -> ModelShape:
@@ -207,11 +243,9 @@ def profile(session: EdgeSession, shape: ModelShape) -> None:
     if session.store.exists(key):
         return
     torch.set_num_threads(session.machine.threads)
-    link = None if session.edge.resources else link_bytes_per_second(session.store, session.keys, session.edge_id)
+    limits = session.limits
     with progress.working(session.edge_id, "profile"):
-        found = profile_edge(session.edge_id, session.profile_base, shape, session.data, session.config, link)
-    if session.machine.memory_bytes is not None:
-        found = found.model_copy(update={"memory_bytes": min(found.memory_bytes, session.machine.memory_bytes)})
+        found = profile_edge(session.edge_id, session.profile_base, shape, session.data, session.config, limits)
     put_record(session.store, key, found, session.machine.signing_key)
     get_run_logger().info(
         "%s: %d examples, profiled in %.1f s", found.edge_id, found.num_examples, found.profile_seconds

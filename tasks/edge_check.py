@@ -11,7 +11,6 @@ from fedpipe_core.profiling import profile_edge
 from fedpipe_core.resources import free_memory_bytes
 from fedpipe_core.rows import read_rows
 from fedpipe_core.signatures import load_key
-from tasks.edge import link_bytes_per_second
 from tasks.served_edge import choose_device, load_base, open_session
 from tasks.storage import open_store
 
@@ -42,8 +41,8 @@ def _profile(own: EdgeConfig, run: str, store: str) -> dict[str, Any]:
     session, record = open_session(own, run, store)
     load_base(session, record)
     torch.set_num_threads(session.machine.threads)
-    link = link_bytes_per_second(session.store, session.keys, own.edge_id)
-    profile = profile_edge(own.edge_id, session.profile_base, session.shape, session.data, session.config, link)
+    base, limits = session.profile_base, session.limits
+    profile = profile_edge(own.edge_id, base, session.shape, session.data, session.config, limits)
     return profile.model_dump(mode="json")
 
 

@@ -16,7 +16,7 @@ from fedpipe_core.config import FederationConfig
 from fedpipe_core.edge_config import EdgeConfig, config_at_edge, signing_key_at_edge
 from fedpipe_core.errors import ConfigError, ModelError, UpdateRefusedError
 from fedpipe_core.schemas import FederationRecord
-from tasks.edge import EdgeSession, Machine, StoppedError
+from tasks.edge import EdgeSession, Machine, StoppedError, let_go_of_bases
 from tasks.leases import Ending, Heartbeat, LeaseWatch
 from tasks.records import RunKeys, get_record
 from tasks.storage import open_store
@@ -49,6 +49,12 @@ def load_base(session: EdgeSession, record: FederationRecord) -> None:
             f"{session.edge_id}: base {session.config.model.base} has hash {found[:12]}, the federation's has "
             f"{record.base_sha256[:12]}; bring the same weights to this machine, and correct `base` in edge.yaml"
         )
+
+
+def keep_planned_base(session: EdgeSession) -> None:
+    """Free the base the edge was profiled on where the plan has it train on another: its memory holds one."""
+    if session.plan.base_bits != session.profile_bits:
+        let_go_of_bases()
 
 
 class ServedEdge:

@@ -4,7 +4,7 @@ from torch import nn
 from transformers import ElectraConfig, ModernBertConfig, T5Config
 from transformers.models.auto import AutoModelForSequenceClassification
 
-from fedpipe_core.architecture import adaptable_modules, head_modules, head_parameters, model_shape
+from fedpipe_core.architecture import adaptable_modules, bits_of, head_modules, head_parameters, model_shape
 from fedpipe_core.errors import ModelError
 
 MODULES = {
@@ -76,6 +76,7 @@ def test_modules_head_and_shape_are_the_same_at_every_bit_width(tiny_base, archi
     assert adaptable_modules(other) == adaptable_modules(dense)
     assert head_modules(other) == head_modules(dense)
     assert model_shape(other, 4) == model_shape(dense, 4)
+    assert (bits_of(dense), bits_of(other)) == (32, bits)
 
 
 def test_blocks_are_counted_through_encoder_and_decoder():

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from planning_cases import make_profile, small_encoder, tiny_model
 
 from fedpipe_core.adapters import initial_adapter
-from fedpipe_core.costs import CostModel, Work, predict
+from fedpipe_core.costs import CostModel, Work, base_bytes, predict, probed_bits
 from fedpipe_core.schemas import ActivationCost, StepCost
 from fedpipe_core.wire import encode_adapter
 
@@ -153,3 +153,11 @@ def test_peak_memory_counts_the_rows_that_go_through_the_model_at_once():
     eight = Work({TOP: 4}, 8, 10, 32)
     assert parts.predict(work).peak_memory_bytes == whole.predict(eight).peak_memory_bytes
     assert parts.predict(work).round_seconds == whole.predict(work).round_seconds
+
+
+def test_an_edge_is_profiled_on_the_widest_base_that_leaves_room_for_the_probes():
+    probes = 16 * 8 * sum(module.features for module in ENCODER.modules.values())
+    for bits in (32, 8, 4):
+        enough = base_bytes(ENCODER, bits, 4) + probes
+        assert probed_bits(ENCODER, (4, 32, 8), 8, 4, enough) == bits
+    assert probed_bits(ENCODER, (4, 32, 8), 8, 4, 1) == 4

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, DECODERS, LABELS, VOCABULARY, save_tiny_model, tiny_examples
+from tiny_models import ARCHITECTURES, DECODERS, LABELS, VOCABULARY, WRITERS, save_tiny_model, tiny_examples
 from torch import nn
 
 from fedpipe_core.architecture import adaptable_modules, head_parameters
@@ -12,7 +12,7 @@ from fedpipe_core.batches import pad_batch
 from fedpipe_core.config import ModelSpec
 from fedpipe_core.errors import ModelError
 from fedpipe_core.evaluation import predict
-from fedpipe_core.model import Base, load_base, share
+from fedpipe_core.model import Base, base_shape, load_base, model_shape, share
 from fedpipe_core.tokenizing import TokenizedExamples
 
 
@@ -222,3 +222,15 @@ def test_shared_int8_models_keep_what_a_call_leaves_behind_apart(tiny_base):
     first, second = (share(model).get_submodule(name) for _ in range(2))
     assert first.state is not second.state
     assert first.state.CB is second.state.CB
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_bases_shape_is_known_before_its_weights_are_read(tiny_folder, tiny_base, architecture):
+    spec = ModelSpec(base=str(tiny_folder(architecture)))
+    assert base_shape(spec, LABELS) == model_shape(tiny_base(architecture).model, LABELS)
+
+
+@pytest.mark.parametrize("architecture", WRITERS)
+def test_a_writers_shape_is_known_before_its_weights_are_read(tiny_writer, architecture):
+    base = tiny_writer(architecture)
+    assert base_shape(ModelSpec(base=str(base.folder), task="causal-lm"), None) == model_shape(base.model, None)

@@ -7,9 +7,10 @@ from fedpipe_core.architecture import adaptable_modules, model_shape
 from fedpipe_core.batches import longest_example_tokens, tokens_per_example
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.config_file import parse_config
-from fedpipe_core.errors import DataError, RunError
+from fedpipe_core.costs import base_bytes
+from fedpipe_core.errors import DataError
 from fedpipe_core.model import Base
-from fedpipe_core.profiling import EdgeData, probe_sizes, profile_edge
+from fedpipe_core.profiling import EdgeData, Limits, declared_limits, most_examples, probe_sizes, profile_edge
 from fedpipe_core.schemas import EdgeProfile
 from fedpipe_core.tokenizing import TokenizedExamples
 
@@ -29,14 +30,18 @@ def config_of(resources: dict[str, Any] | None, **planning: Any) -> FederationCo
     )
 
 
-def profile(base: Base, config: FederationConfig, data: EdgeData = DATA, bandwidth: float | None = 1e6) -> EdgeProfile:
-    return profile_edge("edge-01", base, model_shape(base.model, LABELS), data, config, bandwidth)
+def profile(
+    base: Base, config: FederationConfig, data: EdgeData = DATA, memory_bytes: int = 2**31, bandwidth: float = 1e6
+) -> EdgeProfile:
+    declared = config.edges[1].resources
+    limits = declared_limits(declared) if declared else Limits(memory_bytes, bandwidth)
+    return profile_edge("edge-01", base, model_shape(base.model, LABELS), data, config, limits)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 def test_a_declared_profile_follows_from_config_and_data_alone(tiny_base, architecture):
     base, config = tiny_base(architecture), config_of(DECLARED)
-    first, second = (profile(base, config, bandwidth=bandwidth) for bandwidth in (None, 1e6))
+    first, second = (profile(base, config) for _ in range(2))
     assert first.model_copy(update={"profile_seconds": 0.0}) == second.model_copy(update={"profile_seconds": 0.0})
     assert first.declared
     assert (first.memory_bytes, first.bandwidth_bytes_per_second) == (2 * 2**30, 1e7)
@@ -86,9 +91,27 @@ def test_an_edge_without_rows_cannot_be_profiled(tiny_base):
         profile(tiny_base("bert"), config_of(DECLARED), data)
 
 
-def test_a_link_that_is_neither_declared_nor_measured_is_refused(tiny_base):
-    with pytest.raises(RunError, match=r"edge-01: the link to the store was not measured"):
-        profile(tiny_base("bert"), config_of(None), bandwidth=None)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
+def test_an_edge_too_small_for_the_dense_base_is_profiled_on_a_quantized_one(tiny_base, architecture, bits):
+    found = profile(tiny_base(architecture, bits), config_of(None, profile_batch_size=4))
+    assert sum(sum(values) for values in found.scores.values()) == pytest.approx(1)
+    assert bits in found.step_cost.dequantization_seconds
+    assert found.step_cost.per_token_seconds > 0
+
+
+def test_a_profiles_batches_are_halved_until_they_fit_the_memory(tiny_base):
+    base = tiny_base("bert")
+    shape, sketch = model_shape(base.model, LABELS), profile(base, config_of(DECLARED))
+    sizes = [most_examples(sketch.model_copy(update={"memory_bytes": n}), shape, 32, 4, 16) for n in (1, 10**6, 10**9)]
+    assert sizes[0] == 1
+    assert sizes[-1] == 16
+    assert sizes == sorted(sizes)
+    roomy, tight = 2**31, round(base_bytes(shape, 32, 4)) + 2**18
+    assert (
+        profile(base, config_of(None), memory_bytes=tight).scores
+        != profile(base, config_of(None), memory_bytes=roomy).scores
+    )
 
 
 @pytest.mark.parametrize(("menu", "sizes"), [((8, 16, 64), (2, 16)), ((4, 8), (1, 8)), ((1,), (1, 1))])

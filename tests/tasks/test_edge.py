@@ -1,5 +1,7 @@
+import gc
 import json
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +11,21 @@ from tiny_federation import EDGES
 from tiny_steps import coordinator_at, prepare, sessions_of
 
 from fedpipe_core.config import FederationConfig
+from fedpipe_core.costs import base_bytes
 from fedpipe_core.errors import IntegrityError
+from fedpipe_core.model import base_shape
 from fedpipe_core.schemas import EdgeProfile, FailureRecord, FederationPlan, UpdateRecord
 from fedpipe_core.tokenizing import TokenizedExamples
 from tasks import edge, federation
-from tasks.edge import EdgeSession, StoppedError, link_bytes_per_second, read_global, shared_base
+from tasks.edge import (
+    EdgeSession,
+    Machine,
+    StoppedError,
+    let_go_of_bases,
+    link_bytes_per_second,
+    read_global,
+    shared_base,
+)
 from tasks.federation import Coordinator
 from tasks.records import RunKeys, get_data, get_record
 from tasks.storage import open_store
@@ -190,6 +202,31 @@ def test_state_of_an_edge_on_s3_lies_in_the_working_directorys_own_folder(
 def test_edges_of_a_process_share_one_base(sessions: dict[str, EdgeSession]) -> None:
     bases = {id(session.profile_base) for session in sessions.values()}
     assert bases == {id(shared_base(sessions["east"].config, 32))}
+
+
+@pytest.mark.usefixtures("run_logger_off")
+def test_edge_whose_memory_is_too_small_for_the_dense_base_never_loads_it(
+    tiny_config: FederationConfig, tmp_path: Path
+) -> None:
+    model = tiny_config.model.model_copy(update={"bits": (32, 8, 4)})
+    coordinator = coordinator_at(tiny_config.model_copy(update={"model": model}), tmp_path)
+    shape = base_shape(model, tiny_config.data.labels)
+    probes = 16 * tiny_config.planning.probe_rank * sum(module.features for module in shape.modules.values())
+    machine = Machine(memory_bytes=round(base_bytes(shape, 4, 4) + probes))
+    session = EdgeSession(coordinator.config, tiny_config.edges[0], coordinator.store, coordinator.keys, machine)
+    edge.profile.fn(session, shape)
+    profile = get_record(coordinator.store, coordinator.keys.profile("east"), EdgeProfile)
+    assert session.profile_base.bits == 4
+    assert profile
+    assert profile.memory_bytes == machine.memory_bytes
+    assert sum(sum(scores) for scores in profile.scores.values()) == pytest.approx(1)
+
+
+def test_bases_are_freed_when_nothing_else_holds_them(tiny_config: FederationConfig) -> None:
+    held = weakref.ref(shared_base(tiny_config, 32).model)
+    let_go_of_bases()
+    gc.collect()
+    assert held() is None
 
 
 def test_session_without_a_plan_says_so(sessions: dict[str, EdgeSession]) -> None:
