@@ -23,8 +23,8 @@ from peers.systems import run_to_end
 from peers.usage import watching
 
 sys.path.append(str(ROOT / "tests" / "support"))
-from tiny_federation import rows, write_rows  # noqa: E402
-from tiny_models import LABELS, save_tiny_model  # noqa: E402
+from tiny_federation import rows, write_rows
+from tiny_models import LABELS, save_tiny_model
 
 SIZES = (10, 100, 1000)
 ROUNDS, STEPS, BATCH, ROWS_PER_EDGE = 3, 2, 8, 16

@@ -23,9 +23,9 @@ from tasks.records import RunKeys, get_record
 from tasks.storage import open_store
 
 sys.path.append(str(ROOT / "tests" / "support"))
-from prefect_processes import prefect_server  # noqa: E402
-from remote_federation import deployed_server, write_edge_config  # noqa: E402
-from s3_servers import moto_server  # noqa: E402
+from prefect_processes import prefect_server
+from remote_federation import deployed_server, write_edge_config
+from s3_servers import moto_server
 
 POOL, BUCKET = "edges", "equal-job"
 SECRETS = {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark", "AWS_DEFAULT_REGION": "us-east-1"}
