@@ -1,7 +1,7 @@
 """What a federation of 10, 100 and 1,000 simulated edges costs beside its training, and how that grows.
 
-Run `python benchmarks/scale.py [--json] [--edges N ...]`. Each size is one `fedpipe run` in local mode: three rounds of a
-tiny classifier, two steps of eight rows per edge and round. Coordinator overhead is the command's wall time in the
+Run `python benchmarks/scale.py [--json] [--edges N ...]`. Each size is one `fedpipe run` in local mode: three rounds of
+a tiny classifier, two steps of eight rows per edge and round. Coordinator overhead is the command's wall time in the
 rounds less the edges' local steps, which run on all cores: records, updates, checks, aggregation, evaluation, Prefect,
 MLflow. Peak memory is that of all processes of the run, summed. Linux alone.
 """

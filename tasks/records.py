@@ -4,11 +4,11 @@ It decides the layout and the order (data first, its record last) and checks byt
 is left to `tasks.storage`; whether an adapter's shapes and values are usable is left to `fedpipe_core`.
 """
 
-import functools
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -19,6 +19,9 @@ from fedpipe_core.signatures import SigningKey, sign_record, unsigned, verify_re
 from tasks.storage import ObjectStore
 
 R = TypeVar("R", bound=Record)
+MOST_SHARED = 2
+_shared: dict[tuple[str, str | None], tuple[bytes, Record]] = {}
+_sharing = Lock()
 
 
 @dataclass(frozen=True)
@@ -205,12 +208,14 @@ def get_shared_record(store: ObjectStore, key: str, kind: type[R], signed_by: st
         content = store.get(key)
     except ObjectMissingError:
         return None
-    return _parsed_once(store, key, content, kind, signed_by)  # type: ignore[return-value]
-
-
-@functools.lru_cache(maxsize=2)
-def _parsed_once(store: ObjectStore, key: str, content: bytes, kind: type[R], signed_by: str | None) -> R:
-    return _parsed(store, key, content, kind, signed_by)
+    with _sharing:
+        kept = _shared.get((key, signed_by))
+        if kept is None or kept[0] != content:
+            kept = _shared[key, signed_by] = content, _parsed(store, key, content, kind, signed_by)
+            while len(_shared) > MOST_SHARED:
+                _shared.pop(next(iter(_shared)))
+    record = kept[1]
+    return record if isinstance(record, kind) else _parsed(store, key, content, kind, signed_by)
 
 
 def _parsed(store: ObjectStore, key: str, content: bytes, kind: type[R], signed_by: str | None) -> R:

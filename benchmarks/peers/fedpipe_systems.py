@@ -44,11 +44,11 @@ def fedpipe_local(place: Place) -> Seen:
 
 def fedpipe_deployed(place: Place) -> Seen:
     """Prefect's server, an S3 server, a worker per edge, each a process, then `fedpipe run`."""
-    with _environment(place, **SECRETS) as variables:
+    with _environment(place, **SECRETS) as own:
         started = time.time()
         with moto_server() as address, prefect_server(SERVER_HOME) as found:
             os.environ["AWS_ENDPOINT_URL"] = address
-            variables = {**variables, **found, "AWS_ENDPOINT_URL": address}
+            variables = {**own, **found, "AWS_ENDPOINT_URL": address}
             _make_bucket(address)
             for edge_id in EDGE_IDS:
                 _start_worker(place, variables, edge_id)

@@ -1,5 +1,3 @@
-from collections.abc import Iterator
-
 import pytest
 import torch
 from tiny_models import save_tiny_model
@@ -19,10 +17,10 @@ def nothing_idle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Base]:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     """A tiny classifier."""
     folder = save_tiny_model(tmp_path_factory.mktemp("model"), "bert")
-    yield load_base(ModelSpec(base=str(folder), bits=(32,)), 4, 32, 0)
+    return load_base(ModelSpec(base=str(folder), bits=(32,)), 4, 32, 0)
 
 
 def design(base: Base, rank: int = 2) -> ModelDesign:

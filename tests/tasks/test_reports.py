@@ -124,7 +124,8 @@ def test_pictures_of_many_edges_show_their_spread_and_the_first_ones_ranks(monke
     monkeypatch.setattr(tracking, "log_figure", lambda run, figure, path: kept.update({path: figure}))
     losses = {f"edge-{number:04d}": float(number) for number in range(1001)}
     rounds = [round_of(1, {}).model_copy(update={"train_loss": losses})]
-    reports.log_plots(TrackedRun("uri", "experiment", "run"), plan_of(**dict.fromkeys(losses, {"a": 8})), rounds)
+    plan = plan_of(**{edge_id: {"a": 8} for edge_id in losses})
+    reports.log_plots(TrackedRun("uri", "experiment", "run"), plan, rounds)
     loss, ranks = kept["plots/rounds.png"].axes[1], kept["plots/ranks.png"].axes[0]
     assert [line.get_label() for line in loss.lines] == ["median of 1001 edges", "held out"]
     assert loss.lines[0].get_ydata() == [500.0]

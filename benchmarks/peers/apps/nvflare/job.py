@@ -16,12 +16,17 @@ EDGES, ROUNDS = int(os.environ["EQUAL_JOB_EDGES"]), int(os.environ["EQUAL_JOB_RO
 
 
 class MarkedPocEnv(PocEnv):
-    """NVFlare's own environment, which says when its services are up and the job is handed over."""
+    """NVFlare's own environment, which notes when its services are up, and when the job's result is at hand."""
 
     def _get_session_manager(self) -> Any:
         if self._session_manager is None:
             mark("ready")
         return super()._get_session_manager()
+
+    def get_job_result(self, job_id: str, timeout: float = 0.0) -> str | None:
+        result = super().get_job_result(job_id, timeout)
+        mark("done")
+        return result
 
 
 def main() -> None:
@@ -43,13 +48,10 @@ def main() -> None:
     else:
         environment = MarkedPocEnv(num_clients=EDGES)
     run = recipe.execute(environment)
-    result = Path(run.get_result())
-    mark("done")
+    result = Path(run.get_result(clean_up=False))
     (found,) = result.rglob("FL_global_model.pt")
     model = torch.load(found, weights_only=False)["model"]
     save_file({name.replace("/", "."): torch.as_tensor(v) for name, v in model.items()}, os.environ["EQUAL_JOB_RESULT"])
-    if mode == "poc":
-        environment.stop()
 
 
 if __name__ == "__main__":
