@@ -31,6 +31,7 @@ from fedpipe_core.profiling import EdgeData
 from fedpipe_core.schemas import EdgeProfile, FederationPlan, SavedPlan, StepCost
 from tasks import edge, federation
 from tasks.edge import EdgeSession
+from tasks.edge_models import lent_model
 from tasks.federation import Coordinator, read_profiles
 from tasks.records import RunKeys
 from tasks.storage import open_store
@@ -171,7 +172,8 @@ def _round(
     coordinator: Coordinator, sessions: Sequence[EdgeSession], plan: FederationPlan, index: int, setting: Setting
 ) -> Run:
     for session in sessions:
-        session.model  # noqa: B018  built once, before the clock runs, for every method
+        with lent_model(session.design):  # built once, before the clock runs, for every method
+            pass
     work = _on_all(sessions, setting, lambda session: edge.train_round.fn(session, index))
     made = federation.aggregate_round.fn(coordinator, plan, index)
     metrics = metrics_of(federation.evaluate.fn(coordinator, index + 1, whole=False))

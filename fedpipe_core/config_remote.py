@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fedpipe_core.config_base import Spec
 
@@ -17,6 +17,12 @@ class SigningSpec(Spec):
         description="`required` refuses every record without its signer's signature, `off` trusts everyone who can "
         "write to the store; has to be said when an edge names a `work_pool`",
     )
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, mode: object) -> object:
+        return "off" if mode is False else mode  # YAML reads a bare `off` as false
+
     coordinator_key: PublicKey | None = Field(
         None,
         description="Public key of the coordinator, which signs config, plans and adapters with the private one in the "

@@ -22,6 +22,7 @@ from fedpipe_core.errors import ConfigError, DataError
 from fedpipe_core.seeding import random_generator
 
 VALUES_SHOWN = 12
+Named = tuple[str, tuple[str | int, ...] | None]  # an edge's id and its values of the partition column
 _reading = Lock()
 
 
@@ -50,15 +51,15 @@ def load_partition(config: FederationConfig) -> Partition:
     path = Path(config.data.train)
     status = path.stat() if path.exists() else None
     version = (status.st_size, status.st_mtime_ns) if status else (0, 0)
-    edges = tuple(EdgeSpec(edge_id=edge.edge_id, values=edge.values) for edge in config.local_edges)
+    edges = tuple((edge.edge_id, edge.values) for edge in config.local_edges)
     with _reading:  # edges that start together wait for one read instead of making one each
         return _read_partition(config.data, edges, config.seed, version)
 
 
 @lru_cache(maxsize=1)
-def _read_partition(data: DataSpec, edges: tuple[EdgeSpec, ...], seed: int, version: tuple[int, int]) -> Partition:
+def _read_partition(data: DataSpec, named: tuple[Named, ...], seed: int, version: tuple[int, int]) -> Partition:
     # `version` is only a part of the cache's key, so that a file written anew is read anew.
-    spec = data.partition
+    spec, edges = data.partition, [EdgeSpec(edge_id=edge_id, values=values) for edge_id, values in named]
     if spec is None:
         raise ConfigError(
             "data.partition is missing, needed to deal data.train to the edges; name how, or use {edge_id}"

@@ -3,6 +3,7 @@
 Both tests between edges work on the products' changes (`update_geometry`). The caller records what is refused and why.
 """
 
+import bisect
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -117,10 +118,12 @@ def _screen_magnitude(ordered: Sequence[Update], spec: AggregationSpec) -> tuple
     norms = {update.edge_id: change_norms(update) for update in ordered}
     heads = {update.edge_id: {"head": update.head_norm()} for update in ordered}
     factor = spec.outlier_factor if len(ordered) >= FEWEST_FOR_MAJORITY else spec.outlier_factor**2
+    all_norms, all_heads = _ascending(norms), _ascending(heads)
     counted, refused = [], {}
     for update in ordered:
-        usual = _usual_norm(update.edge_id, norms), _usual_norm(update.edge_id, heads)
-        found = math.hypot(*norms[update.edge_id].values()), heads[update.edge_id]["head"]
+        own, head = norms[update.edge_id], heads[update.edge_id]
+        usual = _usual_norm(own, all_norms), _usual_norm(head, all_heads)
+        found = math.hypot(*own.values()), head["head"]
         excess = [(f, factor * u) for f, u in zip(found, usual, strict=True) if u > 0 and not f <= factor * u]
         if excess and spec.outliers == "reject":
             refused[update.edge_id] = (
@@ -132,16 +135,34 @@ def _screen_magnitude(ordered: Sequence[Update], spec: AggregationSpec) -> tuple
     return counted, refused
 
 
-def _usual_norm(edge: str, norms: Mapping[str, Mapping[str, float]]) -> float:
-    """Norm of an update that has, in every module of `edge`, the median norm of the other edges that trained it.
+def _ascending(norms: Mapping[str, Mapping[str, float]]) -> dict[str, list[float]]:
+    """Per module the norms of all edges that trained it, in rising order."""
+    found: dict[str, list[float]] = {}
+    for values in norms.values():
+        for module, norm in values.items():
+            found.setdefault(module, []).append(norm)
+    return {module: sorted(values) for module, values in found.items()}
+
+
+def median_without(ascending: Sequence[float], value: float) -> float | None:
+    """Median of rising values without one of them, in O(log n); None when no other is left."""
+    left, position = len(ascending) - 1, bisect.bisect_left(ascending, value)
+    if not left:
+        return None
+    low, high = (index + (index >= position) for index in ((left - 1) // 2, left // 2))
+    return (ascending[low] + ascending[high]) / 2
+
+
+def _usual_norm(own_norms: Mapping[str, float], ascending: Mapping[str, Sequence[float]]) -> float:
+    """Norm of an update that has, in every module of one edge, the median norm of the other edges that trained it.
 
     A module nobody else trained counts with the edge's own norm; 0 when the others changed nothing.
     """
     usual, comparable = [], 0.0
-    for module, own in norms[edge].items():
-        others = [values[module] for other, values in norms.items() if other != edge and module in values]
-        typical = median(others) if others else own
-        comparable += typical if others else 0.0
+    for module, own in own_norms.items():
+        others = median_without(ascending[module], own)
+        typical = own if others is None else others
+        comparable += 0.0 if others is None else typical
         usual.append(typical)
     return math.hypot(*usual) if comparable else 0.0
 

@@ -5,7 +5,9 @@ which compares. It needs the records and updates alone, no base model.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -13,13 +15,15 @@ from fedpipe_core.adapters import Adapter
 from fedpipe_core.aggregation import Update, aggregate
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import FedPipeError, UpdateRefusedError
-from fedpipe_core.schemas import FailureRecord, FederationPlan, GlobalRecord, UpdateRecord
+from fedpipe_core.schemas import EdgePlan, FailureRecord, FederationPlan, GlobalRecord, UpdateRecord
 from fedpipe_core.update_checks import check_update, screen_updates
 from fedpipe_core.wire import WireDtype, encode_adapter
-from fedpipe_core.wire_updates import decode_update
+from fedpipe_core.wire_updates import decode_update, open_update
 from tasks.edge import edge_start, read_global
-from tasks.records import RunKeys, get_data, get_record
+from tasks.records import RunKeys, get_data, get_data_file, get_record
 from tasks.storage import ObjectStore
+
+MOST_HELD_BYTES = 64 * 2**20  # of encoded updates; a round's others are read module by module, at each use
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,16 @@ def combine_updates(run: StoredRun, round_index: int, answered: Collection[str] 
     torch.set_num_threads(1)  # factors are small: threads that wait for each other cost more than they save
     record, previous = read_global(run.store, run.keys, round_index, run.config.coordinator_signs)
     asked = [edge_id for edge_id in run.plan.edges if answered is None or edge_id in answered]
-    updates, hashes, dropped = _read_updates(run, previous, round_index, asked)
+    with TemporaryDirectory(prefix="fedpipe-updates-") as folder:
+        return _combined(UpdateReader(run, record, previous, Path(folder)), asked)
+
+
+def _combined(reader: "UpdateReader", asked: Collection[str]) -> Combination:
+    run, record, previous = reader.run, reader.start, reader.previous
+    updates, hashes, dropped = _read_updates(reader, asked)
     counted, refused, opposed = screen_updates(updates, run.config.aggregation, record.opposed)
     dropped |= refused
-    found = aggregate(previous, counted, run.config.aggregation, _before_previous(run, round_index))
+    found = aggregate(previous, counted, run.config.aggregation, _before_previous(run, record.round))
     used = {update.edge_id: hashes[update.edge_id] for update in counted}
     return Combination(
         data=encode_adapter(found.adapter, wire_dtype(run.config)),
@@ -89,17 +99,44 @@ def update_record(
     return get_record(store, keys.update_record(round_index, edge_id), UpdateRecord, signed_by)
 
 
-def _read_updates(
-    run: StoredRun, previous: Adapter, round_index: int, edges: Collection[str]
-) -> tuple[list[Update], dict[str, str], dict[str, str]]:
+@dataclass(eq=False)
+class UpdateReader:
+    """Reads a round's updates: the first of them into memory, those beyond `MOST_HELD_BYTES` into files of `folder`."""
+
+    run: StoredRun
+    start: GlobalRecord
+    previous: Adapter
+    folder: Path
+    held_bytes: int = 0
+    _starts: dict[tuple[tuple[str, int], ...], Adapter] = field(default_factory=dict)
+
+    def start_of(self, plan: EdgePlan) -> Adapter:
+        """What an edge of that plan started from: the same for equal ranks."""
+        ranks = tuple(sorted(plan.ranks.items()))
+        if ranks not in self._starts:
+            self._starts[ranks], _ = edge_start(self.run.config, plan, self.previous, self.start.round)
+        return self._starts[ranks]
+
+    def trained(self, record: UpdateRecord, start: Adapter) -> Adapter:
+        """What the edge trained. Raises IntegrityError on bytes that are not what the record promises."""
+        self.held_bytes += record.adapter.size_bytes
+        if self.held_bytes <= MOST_HELD_BYTES:
+            return decode_update(get_data(self.run.store, record.adapter), start)
+        path = self.folder / f"{record.edge_id}.safetensors"
+        get_data_file(self.run.store, record.adapter, path)
+        return open_update(path, start)
+
+
+def _read_updates(reader: UpdateReader, edges: Collection[str]) -> tuple[list[Update], dict[str, str], dict[str, str]]:
     """The updates that are what the plan asked for, the hash of each that came, and why other edges have none."""
+    run, round_index = reader.run, reader.start.round
     updates, hashes, dropped = [], {}, {}
     for edge_id in edges:
         try:
             record = _required_update(run, round_index, edge_id)
             hashes[edge_id] = record.adapter.sha256
             _require(record, edge_id, run=run.keys.run, round=round_index, edge_id=edge_id)
-            updates.append(_decode(run, previous, record))
+            updates.append(_decode(reader, record))
         except FedPipeError as refusal:
             dropped[edge_id] = str(refusal)
     return updates, hashes, dropped
@@ -121,17 +158,13 @@ def _require(record: UpdateRecord, asked: str, /, **expected: object) -> None:
             raise UpdateRefusedError(f"{asked}: its update's {name} is {found[:16]}, needed {str(value)[:16]}")
 
 
-def _decode(run: StoredRun, previous: Adapter, record: UpdateRecord) -> Update:
+def _decode(reader: UpdateReader, record: UpdateRecord) -> Update:
     """Read an update and check that it belongs to this base and adapter and has the plan's shapes."""
-    key, signed_by = run.keys.global_record(record.round), run.config.coordinator_signs
-    current = get_record(run.store, key, GlobalRecord, signed_by)
-    _require(
-        record, record.edge_id, base_sha256=run.base_sha256, global_sha256=current.adapter.sha256 if current else ""
-    )
-    edge_plan = run.plan.edges[record.edge_id]
-    start, _ = edge_start(run.config, edge_plan, previous, record.round)
-    trained = decode_update(get_data(run.store, record.adapter), start)
-    update = Update(record.edge_id, start, trained, record.num_examples)
+    expected = {"base_sha256": reader.run.base_sha256, "global_sha256": reader.start.adapter.sha256}
+    _require(record, record.edge_id, **expected)
+    edge_plan = reader.run.plan.edges[record.edge_id]
+    start = reader.start_of(edge_plan)
+    update = Update(record.edge_id, start, reader.trained(record, start), record.num_examples)
     check_update(update, edge_plan.ranks)
     return update
 

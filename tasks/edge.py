@@ -22,7 +22,7 @@ from fedpipe_core.batches import Batch, training_batches
 from fedpipe_core.config import EdgeSpec, FederationConfig, ModelSpec
 from fedpipe_core.costs import probed_bits
 from fedpipe_core.data import fingerprint, split_validation
-from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter, read_adapter, with_frozen_right_factors
+from fedpipe_core.edge_model import EdgeModel, load_adapter, read_adapter
 from fedpipe_core.errors import FedPipeError, IntegrityError
 from fedpipe_core.evaluation import metrics_of, predict
 from fedpipe_core.low_rank import LowRank
@@ -46,7 +46,8 @@ from fedpipe_core.training import TrainingReport, rate_factor, train
 from fedpipe_core.wire import decode_adapter, encode_adapter
 from fedpipe_core.wire_updates import encode_update
 from tasks import progress
-from tasks.records import RunKeys, get_data, get_record, offer_record, put_data, put_record
+from tasks.edge_models import ModelDesign, lent_model, let_go_of_idle_models
+from tasks.records import RunKeys, get_data, get_record, get_shared_record, offer_record, put_data, put_record
 from tasks.storage import ObjectStore
 
 _loading = threading.Lock()
@@ -79,6 +80,7 @@ def dense_base(config: FederationConfig) -> Base:
 
 def let_go_of_bases() -> None:
     """Free every base that nothing else holds, in a process that serves one edge: it trains on another width."""
+    let_go_of_idle_models()
     with _loading:
         _loaded_base.cache_clear()
 
@@ -94,7 +96,7 @@ class Machine:
 
 
 class EdgeSession:
-    """What one edge keeps between rounds: its rows, tokenized, and its model once the plan is known.
+    """What one edge keeps between rounds: its rows, tokenized, and once the plan is known what its model is like.
 
     `check` is called between steps and ends the work by what it raises. A plain class, since Prefect walks through
     every dataclass it is handed.
@@ -110,6 +112,7 @@ class EdgeSession:
     ):
         self.config, self.edge, self.store, self.keys = config, edge, store, keys
         self.machine = machine or Machine()
+        self.peak_memory_bytes: int | None = None
         self.check: Callable[[], None] = check_not_stopped
 
     @property
@@ -131,7 +134,7 @@ class EdgeSession:
 
     def _find_plan(self) -> FederationPlan | None:
         for key in (self.keys.plan, *self.store.list(self.keys.joined_plans)):
-            plan = get_record(self.store, key, FederationPlan, self.config.coordinator_signs)
+            plan = get_shared_record(self.store, key, FederationPlan, self.config.coordinator_signs)
             if plan is not None and self.edge_id in plan.edges:
                 return plan
         return None
@@ -190,22 +193,28 @@ class EdgeSession:
         return model_shape(self.profile_base.model, self.config.data.labels)
 
     @functools.cached_property
-    def model(self) -> EdgeModel:
-        """The edge's adapters and head on the planned base; built in the first round."""
-        base = shared_base(self.config, self.plan.base_bits)
-        scaling, rule = self.config.training.adapter_scaling, self.config.aggregation.rule
+    def design(self) -> ModelDesign:
+        """What the edge's adapters and head on the planned base are like."""
+        rule = self.config.aggregation.rule
         cap = self.config.aggregation.rank_cap if aggregation_rules.has_frozen_tail(rule) else 0
         if rule == "flora_stack":
             cap += self.federation_plan.largest_rank  # all that was learned is frozen, so every module has a tail
-        modules = self.federation_plan.planned_modules
-        model = build_edge_model(base.model, self.plan.ranks, cap, scaling, self.plan.checkpointing, modules)
-        return with_frozen_right_factors(model) if rule == "ffa" else model
+        return ModelDesign(
+            base=shared_base(self.config, self.plan.base_bits),
+            ranks=tuple(sorted(self.plan.ranks.items())),
+            modules=tuple(self.federation_plan.planned_modules),
+            rank_cap=cap,
+            scaling=self.config.training.adapter_scaling,
+            checkpointing=self.plan.checkpointing,
+            trains_right=rule != "ffa",
+        )
 
-    @functools.cached_property
-    def peak_memory_bytes(self) -> int:
-        """What a step on the edge's longest rows holds; measured once."""
-        at_once = min(self.plan.batch_size, self.config.training.micro_batch_size or self.plan.batch_size)
-        return training_memory_bytes(self.model, probe_batch(self.data.train, at_once))
+    def measure_memory(self, model: EdgeModel) -> int:
+        """What a step on the edge's longest rows holds, in bytes; measured once."""
+        if self.peak_memory_bytes is None:
+            at_once = min(self.plan.batch_size, self.config.training.micro_batch_size or self.plan.batch_size)
+            self.peak_memory_bytes = training_memory_bytes(model, probe_batch(self.data.train, at_once))
+        return self.peak_memory_bytes
 
     @property
     def state(self) -> Path:
@@ -307,11 +316,13 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
     record, adapter = read_global(session.store, keys, round_index, config.coordinator_signs)
     read_seconds = time.perf_counter() - started
     start, tail = edge_start(config, plan, adapter, round_index)
-    load_adapter(session.model, start, tail)
-    with progress.working(session.edge_id, f"train round {round_index}", plan.local_steps) as advance:
-        metrics = _validate(session)
-        report = _train(session, round_index, advance)
-    data, encoded = _encode(session, round_index, start), time.perf_counter()
+    with lent_model(session.design) as model:
+        load_adapter(model, start, tail)
+        with progress.working(session.edge_id, f"train round {round_index}", plan.local_steps) as advance:
+            metrics = _validate(session, model)
+            report = _train(session, model, round_index, advance)
+        trained, peak_memory_bytes = read_adapter(model), session.measure_memory(model)
+    data, encoded = _encode(session, round_index, start, trained), time.perf_counter()
     published = put_data(session.store, keys.update_data(round_index, session.edge_id), data)
     finished = time.perf_counter()
     update = UpdateRecord(
@@ -329,7 +340,7 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
         round_seconds=finished - started,
         transfer_seconds=read_seconds + finished - encoded,
         started_at=started_at,
-        peak_memory_bytes=session.peak_memory_bytes,
+        peak_memory_bytes=peak_memory_bytes,
         download_bytes=record.adapter.size_bytes,
         metrics=metrics,
     )
@@ -337,19 +348,19 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
     return update
 
 
-def _validate(session: EdgeSession) -> dict[str, float]:
+def _validate(session: EdgeSession, model: EdgeModel) -> dict[str, float]:
     if not len(session.data.validation):
         return {}
-    return metrics_of(predict(session.model.model, session.data.validation, session.config.evaluation.batch_size))
+    return metrics_of(predict(model.model, session.data.validation, session.config.evaluation.batch_size))
 
 
-def _train(session: EdgeSession, round_index: int, advance: Callable[[], None]) -> TrainingReport:
+def _train(session: EdgeSession, model: EdgeModel, round_index: int, advance: Callable[[], None]) -> TrainingReport:
     config, plan = session.config, session.plan
     parts = (config.seed, round_index, session.edge_id)
     width = config.model.max_tokens if config.training.packing else None
     batches = training_batches(session.data.train, plan.batch_size, plan.local_steps, parts, width)
     rate = rate_factor(config.training, round_index, config.rounds)
-    return train(session.model, _counted(batches, session.check, advance), config.training, rate)
+    return train(model, _counted(batches, session.check, advance), config.training, rate)
 
 
 def _counted(batches: Iterator[Batch], check: Callable[[], None], advance: Callable[[], None]) -> Iterator[Batch]:
@@ -359,10 +370,10 @@ def _counted(batches: Iterator[Batch], check: Callable[[], None], advance: Calla
         advance()
 
 
-def _encode(session: EdgeSession, round_index: int, start: Adapter) -> bytes:
+def _encode(session: EdgeSession, round_index: int, start: Adapter, trained: Adapter) -> bytes:
     """Encode the update; what a short number format leaves out is kept at the edge and added next round."""
     residual = _read_residual(session, round_index - 1)
-    exchange, trained = session.config.exchange, read_adapter(session.model)
+    exchange = session.config.exchange
     data, left_out = encode_update(trained, start, exchange.dtype, residual, exchange.energy)
     if left_out is not None:
         session.state.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,9 @@
 """What a run says of itself: records that close rounds, the result, and the tables and plots in both UIs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from fedpipe_core.schemas import (
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIB = 2**20
+MOST_SHOWN = 40  # edges in a picture one by one; a picture of more is wider than matplotlib draws
 _SHARES = ("accuracy", "macro_f1", "token_accuracy")  # metrics from 0 to 1 that every round has
 
 
@@ -197,8 +200,13 @@ def _curves(rounds: Sequence[RoundRecord]) -> "Figure":
             quality.plot(steps, [record.metrics[name] for record in rounds], marker="o", label=name)
     quality.set(xlabel="round", title="held-out set", xticks=steps)
     quality.legend()
-    for edge_id in sorted({edge_id for record in rounds for edge_id in record.train_loss}):
+    edges = sorted({edge_id for record in rounds for edge_id in record.train_loss})
+    for edge_id in edges if len(edges) <= MOST_SHOWN else []:
         loss.plot(steps, [record.train_loss.get(edge_id) for record in rounds], marker=".", label=edge_id)
+    if len(edges) > MOST_SHOWN:
+        losses = [sorted(record.train_loss.values()) or [math.nan] for record in rounds]
+        loss.plot(steps, [median(values) for values in losses], marker=".", label=f"median of {len(edges)} edges")
+        loss.fill_between(steps, [v[0] for v in losses], [v[-1] for v in losses], alpha=0.2, label="lowest to highest")
     loss.plot(steps, [record.metrics["loss"] for record in rounds], "k--", label="held out")
     loss.set(xlabel="round", title="loss (nats)", xticks=steps)
     loss.legend()
@@ -206,7 +214,7 @@ def _curves(rounds: Sequence[RoundRecord]) -> "Figure":
 
 
 def _rank_map(plan: FederationPlan) -> "Figure":
-    modules, edges = plan.planned_modules, sorted(plan.edges)
+    modules, edges = plan.planned_modules, sorted(plan.edges)[:MOST_SHOWN]
     figure = _figure(3 + 0.5 * len(edges), 1.2 + 0.22 * len(modules))
     axes = figure.subplots()
     ranks = [[plan.edges[edge_id].ranks.get(name, 0) for edge_id in edges] for name in modules]
@@ -216,5 +224,6 @@ def _rank_map(plan: FederationPlan) -> "Figure":
             axes.text(column, row, str(rank or ""), ha="center", va="center", fontsize=7)
     axes.set_xticks(range(len(edges)), edges, rotation=45, ha="right")
     axes.set_yticks(range(len(modules)), modules, fontsize=6)
-    axes.set_title("rank of every module")
+    shown = "" if len(edges) == len(plan.edges) else f", first {len(edges)} of {len(plan.edges)} edges"
+    axes.set_title(f"rank of every module{shown}")
     return figure

@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from fedpipe_core.config import FederationConfig
@@ -139,6 +140,10 @@ def test_edges_on_machines_of_their_own_need_a_word_on_signing() -> None:
     with pytest.raises(ConfigError, match=r"signing.mode is missing, which edges with a work_pool need"):
         parse_config(document(edges=edges))
     assert parse_config(document(edges=edges, signing={"mode": "off"})).coordinator_signs is None
+
+
+def test_a_bare_off_in_yaml_is_a_word() -> None:
+    assert parse_config(document(signing={"mode": yaml.safe_load("off")})).signing.mode == "off"
 
 
 def test_signing_needs_every_remote_edges_key_and_the_coordinators() -> None:

@@ -1,6 +1,7 @@
 """Bad updates are refused with their reason; honest ones, however different, count."""
 
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from fedpipe_core.aggregation import Update, aggregate
 from fedpipe_core.config import AggregationSpec
 from fedpipe_core.errors import UpdateRefusedError
 from fedpipe_core.low_rank import LowRank
-from fedpipe_core.update_checks import check_update, screen_updates
+from fedpipe_core.update_checks import check_update, median_without, screen_updates
 from fedpipe_core.update_geometry import change_norms, cosines_with_the_rest
 
 OUT, IN, RANK = 24, 32, 4
@@ -243,3 +244,10 @@ def test_the_aggregate_without_a_refused_edge_is_the_one_it_never_joined(factor)
     found = aggregate(updates[0].start, counted, AggregationSpec()).adapter.factors["m"]
     needed = aggregate(updates[0].start, updates[1:], AggregationSpec()).adapter.factors["m"]
     assert found.equals(needed)
+
+
+@pytest.mark.parametrize("values", [[3.0, 1.0], [2.0, 5.0, 1.0], [1.0, 1.0, 4.0, 4.0], [7.0, 2.0, 9.0, 2.0, 3.0]])
+def test_the_median_of_the_others_is_that_of_the_list_without_one(values):
+    for index, value in enumerate(values):
+        assert median_without(sorted(values), value) == median(values[:index] + values[index + 1 :])
+    assert median_without([1.0], 1.0) is None

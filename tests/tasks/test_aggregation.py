@@ -1,5 +1,7 @@
+import pytest
+
 from fedpipe_core.schemas import FederationPlan
-from tasks import edge, federation
+from tasks import aggregation, edge, federation
 from tasks.aggregation import StoredRun, combine_updates, update_record
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator
@@ -18,3 +20,19 @@ def test_stored_updates_lead_to_the_published_adapter_again(
     assert again.counted == made.counted
     assert set(combine_updates(run, 1).counted) == {"east", "north", "west"}
     assert update_record(coordinator.store, coordinator.keys, 2, "west") is None
+
+
+def test_updates_that_are_not_held_in_memory_lead_to_the_same_bytes(
+    coordinator: Coordinator,
+    sessions: dict[str, EdgeSession],
+    plan: FederationPlan,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for session in sessions.values():
+        edge.train_round.fn(session, 1)
+    run = StoredRun(coordinator.config, coordinator.store, coordinator.keys, coordinator.base.sha256, plan)
+    held = combine_updates(run, 1)
+    monkeypatch.setattr(aggregation, "MOST_HELD_BYTES", 0)
+    read = combine_updates(run, 1)
+    assert len(held.counted) == len(sessions)
+    assert (read.data, read.counted) == (held.data, held.counted)

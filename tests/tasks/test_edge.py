@@ -26,6 +26,7 @@ from tasks.edge import (
     read_global,
     shared_base,
 )
+from tasks.edge_models import lent_model
 from tasks.federation import Coordinator
 from tasks.records import RunKeys, get_data, get_record
 from tasks.storage import open_store
@@ -146,10 +147,9 @@ def test_edge_without_usable_rows_publishes_the_reason(sessions: dict[str, EdgeS
 @pytest.mark.usefixtures("plan")
 def test_edge_whose_loss_is_no_number_publishes_the_reason(sessions: dict[str, EdgeSession]) -> None:
     session = sessions["west"]
-    with torch.no_grad():
-        session.model.model.get_parameter("classifier.weight").fill_(1.0)
-    query = session.model.model.get_submodule("bert.encoder.layer.0.output.LayerNorm")
-    query.weight = torch.nn.Parameter(torch.full((32,), float("nan")), requires_grad=False)
+    with lent_model(session.design) as model:
+        norm = model.model.get_submodule("bert.encoder.layer.0.output.LayerNorm")
+        norm.weight = torch.nn.Parameter(torch.full((32,), float("nan")), requires_grad=False)
     edge.train_round.fn(session, 1)
     failure = failure_of(session)
     assert update_of(session) is None

@@ -1,0 +1,1 @@
+"""The equal job as a Flower app."""
