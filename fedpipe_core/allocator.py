@@ -10,7 +10,7 @@ import ctypes
 import platform
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-MAPPED_BYTES = 2**20  # blocks this large are mapped; smaller ones are freed and reused in numbers
+MAPPED_BYTES = 2 * 2**20  # a huge page: a larger block costs few page faults, a smaller one is reused in numbers
 
 
 def return_freed_memory() -> None:

@@ -21,6 +21,8 @@ WIRE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 2 / 64, "nf4": 0.5 + 2 / 6
 HEADER_BYTES = {"fp32": 240, "bf16": 240, "int8": 60, "nf4": 60}  # per module in the file's header, without its names
 HEADER_NAMES = {"fp32": 2, "bf16": 2, "int8": 1, "nf4": 1}  # how often a module's name stands there
 GRADIENTS_IN_FLIGHT = 2  # of a module's input and output: a formula such as GELU holds several of one width at once
+SCORED_AT_ONCE = 256  # tokens whose logits a language model holds at once
+LOGIT_BYTES = 12  # float32 logit, its log-probability and gradient; shorter ones come on top
 FORWARD_SHARE = 1 / 2  # of a frozen weight's work in a step
 TAIL_SHARE = 2 / 3  # of a trained adapter's work in a step: no gradient of its own
 
@@ -212,9 +214,15 @@ class CostModel:
         return self.shape.modules[module].features
 
     def _logits_bytes(self, tokens: float) -> float:
-        longest = self.profile.longest_example_tokens or self.profile.tokens_per_example
-        positions = tokens if self.shape.scored_positions == "token" else tokens / longest
-        return 2 * self.profile.value_bytes * self.shape.output_features * positions
+        """Of a classifier logits and their gradient; of a language model all that scoring some tokens takes."""
+        value, longest = (
+            self.profile.value_bytes,
+            self.profile.longest_example_tokens or self.profile.tokens_per_example,
+        )
+        if self.shape.scored_positions == "example":
+            return 2 * value * self.shape.output_features * tokens / longest
+        shorter = 2 * value if value < 4 else 0
+        return (LOGIT_BYTES + shorter) * self.shape.output_features * min(tokens, SCORED_AT_ONCE)
 
 
 def base_bytes(shape: ModelShape, bits: int, value_bytes: int) -> float:

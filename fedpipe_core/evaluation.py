@@ -15,7 +15,7 @@ from fedpipe_core.batches import Batch, evaluation_batches
 from fedpipe_core.config_inputs import GenerationSpec
 from fedpipe_core.edge_model import move_batch
 from fedpipe_core.generation import write_texts
-from fedpipe_core.losses import class_logits, token_logits
+from fedpipe_core.losses import class_logits, learned_tokens, token_logits
 from fedpipe_core.predictions import Answers, Predictions, metric_of
 from fedpipe_core.side_by_side import side_by_side
 from fedpipe_core.text_metrics import text_counts
@@ -105,8 +105,10 @@ def _classify(model: nn.Module, batch: Batch) -> torch.Tensor:
 def _score_tokens(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Learned tokens, right ones among them and summed losses of one batch, (3, examples)."""
     moved = move_batch(batch, model)
-    logits, targets, rows = token_logits(model, moved)
-    losses = functional.cross_entropy(logits, targets, reduction="none").double()
-    right = (logits.argmax(dim=-1) == targets).double()
-    sums = torch.zeros(3, len(moved["labels"]), dtype=torch.float64, device=losses.device)
-    return sums.index_add_(1, rows, torch.stack([torch.ones_like(losses), right, losses]))
+    learned = learned_tokens(model, moved)
+    sums = torch.zeros(3, len(moved["labels"]), dtype=torch.float64, device=learned.rows.device)
+    for logits, targets, rows in token_logits(learned):
+        losses = functional.cross_entropy(logits, targets, reduction="none").double()
+        right = (logits.argmax(dim=-1) == targets).double()
+        sums.index_add_(1, rows, torch.stack([torch.ones_like(losses), right, losses]))
+    return sums

@@ -208,7 +208,9 @@ def keygen(
 @edge_app.command("check")
 def check_command(
     config: Annotated[Path, typer.Argument(help="This machine's edge.yaml", show_default=False)],
-    run_name: Annotated[str | None, typer.Option("--run", help="Print the profile it would send to a run")] = None,
+    run_name: Annotated[
+        str | None, typer.Option("--run", help="Print the rows in tokens, and the profile it would send to a run")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check this edge's rows, device, key and store, and print what it would report; nothing is published."""

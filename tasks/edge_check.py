@@ -11,12 +11,15 @@ from fedpipe_core.profiling import profile_edge
 from fedpipe_core.resources import free_memory_bytes
 from fedpipe_core.rows import read_rows
 from fedpipe_core.signatures import load_key
+from fedpipe_core.token_summary import summarize_tokens
 from tasks.served_edge import choose_device, load_base, open_session
 from tasks.storage import open_store
 
 
 def check_edge(own: EdgeConfig, run: str | None) -> dict[str, Any]:
-    """Check an edge's own config, and with `run` what it would report to that run; nothing is published.
+    """Check an edge's own config, and with `run` what it would report to that run and how its rows look in tokens.
+
+    Nothing is published.
 
     Raises the error that would stop the edge.
     """
@@ -34,16 +37,18 @@ def check_edge(own: EdgeConfig, run: str | None) -> dict[str, Any]:
         return {**found, **_rows(own)}
     if own.store is None:
         raise ConfigError(f"{own.edge_id}: --run needs the address of the store; set `store` in edge.yaml")
-    return {**found, "profile": _profile(own, run, own.store)}
+    return found | _told(own, run, own.store)
 
 
-def _profile(own: EdgeConfig, run: str, store: str) -> dict[str, Any]:
+def _told(own: EdgeConfig, run: str, store: str) -> dict[str, Any]:
+    """What the edge would report to a run, and what it alone sees of its rows."""
     session, record = open_session(own, run, store)
     load_base(session, record)
     torch.set_num_threads(session.machine.threads)
     base, limits = session.profile_base, session.limits
     profile = profile_edge(own.edge_id, base, session.shape, session.data, session.config, limits)
-    return profile.model_dump(mode="json")
+    tokens = summarize_tokens(session.data, base.tokenizer)
+    return {"tokens": tokens, "profile": profile.model_dump(mode="json")}
 
 
 def _rows(own: EdgeConfig) -> dict[str, Any]:

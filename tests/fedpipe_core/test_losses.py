@@ -3,13 +3,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from tiny_models import WRITERS, tiny_dialogues
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from fedpipe_core import losses, output_layer
 from fedpipe_core.batches import pad_batch
-from fedpipe_core.losses import token_logits, training_loss
-from fedpipe_core.model import Base
+from fedpipe_core.edge_model import build_edge_model
+from fedpipe_core.losses import learned_tokens, token_logits, training_loss
+from fedpipe_core.model import Base, adaptable_modules
+from fedpipe_core.resources import saved_tensor_bytes
 from fedpipe_core.tokenizing import IGNORED, TokenizedExamples
 
 ROWS = tiny_dialogues(6)
+BATCH = pad_batch(ROWS, range(6))
 
 
 @pytest.mark.parametrize("architecture", WRITERS)
@@ -29,10 +34,10 @@ def test_padding_changes_no_loss(tiny_writer: Callable[..., Base]) -> None:
 @torch.inference_mode()
 def test_the_prompts_own_tokens_are_not_learned(tiny_writer: Callable[..., Base]) -> None:
     model, batch = tiny_writer("llama").model, pad_batch(ROWS, range(6))
-    logits, targets, rows = token_logits(model, batch)
+    _, targets, rows, _ = learned_tokens(model, batch)
     learned = [[label for label in labels if label != IGNORED] for labels in ROWS.labels]
     assert [targets[rows == row].tolist() for row in range(6)] == learned
-    assert len(logits) == sum(map(len, learned))
+    assert sum(len(logits) for logits, *_ in token_logits(learned_tokens(model, batch))) == sum(map(len, learned))
 
 
 @torch.inference_mode()
@@ -47,5 +52,34 @@ def test_loss_of_a_batch_is_the_mean_over_its_tokens(tiny_writer: Callable[..., 
 @torch.inference_mode()
 def test_a_row_whose_first_token_is_learned_loses_only_that_token(tiny_writer: Callable[..., Base]) -> None:
     plain = TokenizedExamples([[7, 8, 9]], [[7, 8, 9]], pad_token_id=4)
-    _, targets, _ = token_logits(tiny_writer("llama").model, pad_batch(plain, [0]))
-    assert targets.tolist() == [8, 9]
+    assert learned_tokens(tiny_writer("llama").model, pad_batch(plain, [0])).targets.tolist() == [8, 9]
+
+
+@pytest.mark.parametrize("parted", [True, False])
+@pytest.mark.parametrize("architecture", WRITERS)
+def test_gradients_of_tokens_scored_some_at_a_time_are_those_of_transformers(
+    tiny_writer: Callable[..., Base], architecture: str, parted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_writer(architecture).model
+    monkeypatch.setattr(losses, "SCORED_AT_ONCE", 4)
+    monkeypatch.setitem(output_layer._parted, type(base), parted)
+    edge = build_edge_model(base, dict.fromkeys(adaptable_modules(base), 2), 2, scaling=1.0)
+    found = []
+    for loss in (training_loss(edge.model, BATCH), edge.model(**BATCH, use_cache=False).loss):
+        found.append(torch.autograd.grad(loss, edge.adapter_parameters()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_caps_its_logits_is_scored_by_its_own_code() -> None:
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 1}
+    config = Gemma2Config(vocab_size=65, hidden_size=32, intermediate_size=48, final_logit_softcapping=0.5, **sizes)
+    model = Gemma2ForCausalLM(config).eval()
+    torch.testing.assert_close(training_loss(model, BATCH), model(**BATCH).loss)
+    assert output_layer._parted[Gemma2ForCausalLM]
+
+
+def test_no_logits_are_kept_for_the_backward_pass() -> None:
+    states = torch.randn(50, 8, requires_grad=True)
+    weight, targets = torch.randn(1000, 8), torch.randint(1000, (50,))
+    kept, _ = saved_tensor_bytes(lambda: losses._SummedLoss.apply(states, targets, lambda part: part @ weight.T))
+    assert kept == 4 * 50 * 8

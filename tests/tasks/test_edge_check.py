@@ -38,6 +38,10 @@ def test_what_the_edge_would_report_is_printed_and_not_published(
     before = store.list()
     found = check_edge(own(tmp_path, coordinator.config, store=store.root), "run")
     assert (found["profile"]["edge_id"], found["profile"]["num_examples"]) == ("east", 54)
+    tokens = found["tokens"]
+    assert tokens["length_percentiles"]["100"] == found["profile"]["longest_example_tokens"]
+    assert (tokens["cut_share"], tokens["dropped_share"]) == (0, 0)
+    assert tokens["example"].startswith("[CLS]")
     assert store.list() == before
 
 
