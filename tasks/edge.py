@@ -21,7 +21,7 @@ from fedpipe_core.batches import Batch, training_batches
 from fedpipe_core.config import EdgeSpec, FederationConfig, ModelSpec
 from fedpipe_core.data import fingerprint, split_validation
 from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter, read_adapter, with_frozen_right_factors
-from fedpipe_core.errors import FedPipeError, IntegrityError
+from fedpipe_core.errors import FedPipeError, IntegrityError, UpdateRefusedError
 from fedpipe_core.evaluation import metrics_of, predict
 from fedpipe_core.low_rank import LowRank
 from fedpipe_core.memory import training_memory_bytes
@@ -278,6 +278,8 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
         metrics = _validate(session)
         report = _train(session, round_index, advance)
     data, encoded = _encode(session, round_index, start), time.perf_counter()
+    if session.store.exists(keys.update_record(round_index, session.edge_id)):  # it vouches for the data that is there
+        raise UpdateRefusedError(f"{session.edge_id}: another process of this edge answered round {round_index} first")
     published = put_data(session.store, keys.update_data(round_index, session.edge_id), data)
     finished = time.perf_counter()
     update = UpdateRecord(
