@@ -10,8 +10,10 @@ from tasks import edge, served_edge
 from tasks.edge import StoppedError
 from tasks.served_edge import ServedEdge
 
+RETRIES = 1
 
-@flow(name="serve_edge", flow_run_name="{edge_id} serves {run}", retries=1, retry_delay_seconds=10)
+
+@flow(name="serve_edge", flow_run_name="{edge_id} serves {run}", retries=RETRIES, retry_delay_seconds=10)
 def serve_edge(run: str, store: str, edge_id: str) -> State[None]:
     """Profile this machine's edge once, then train every round of a run; the coordinator starts this flow.
 
@@ -28,7 +30,8 @@ def serve_edge(run: str, store: str, edge_id: str) -> State[None]:
         )
     session, record = served_edge.open_session(own, run, store)
     try:
-        with ServedEdge(session, owner=str(runtime.flow_run.id)) as served:
+        retried = runtime.flow_run.run_count <= RETRIES
+        with ServedEdge(session, str(runtime.flow_run.id), retried) as served:
             served_edge.load_base(session, record)
             edge.profile(session, session.shape)
             served.await_plan()

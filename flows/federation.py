@@ -151,8 +151,8 @@ def _run_rounds(coordinator: Coordinator, edges: Edges, plan: FederationPlan, tr
 
 def edge_sessions(coordinator: Coordinator) -> list[EdgeSession]:
     """The edges served in this process."""
-    config, cores = coordinator.config, os.cpu_count() or 1
-    machine = Machine(threads=max(1, cores // _edges_at_once(config)), signing_key=coordinator.signing_key)
+    config = coordinator.config
+    machine = Machine(_threads_per_edge(config), signing_key=coordinator.signing_key)
     return [EdgeSession(config, spec, coordinator.store, coordinator.keys, machine) for spec in config.local_edges]
 
 
@@ -203,6 +203,12 @@ def on_all_edges(step: Task, sessions: Sequence[EdgeSession], **parameters: obje
         except KeyboardInterrupt:
             edge.stop_training()
             raise
+
+
+def _threads_per_edge(config: FederationConfig) -> int:
+    """An even share of the cores, or of OMP_NUM_THREADS where it is set: the count of threads changes last digits."""
+    allowed = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return max(1, (int(allowed) if allowed.isdigit() else os.cpu_count() or 1) // _edges_at_once(config))
 
 
 def _edges_at_once(config: FederationConfig) -> int:

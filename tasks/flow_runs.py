@@ -79,13 +79,28 @@ def unfinished_flow_run(job: EdgeJob) -> str | None:
     return None if newest is None else str(newest.id)
 
 
-def describe_flow_run(flow_run_id: str) -> str:
-    """Name and state of a flow run, for a message; what failed where Prefect's API does."""
+@dataclass(frozen=True)
+class FlowRunFate:
+    """What became of a flow run: in words, whether a worker took it, and whether it ended or its process died."""
+
+    description: str
+    taken: bool = False
+    ended: bool = False
+    crashed: bool = False
+
+
+def look_at_flow_run(flow_run_id: str) -> FlowRunFate:
+    """What became of a flow run; where Prefect's API fails, what failed."""
     try:
         flow_run = _read(flow_run_id)
     except Exception as error:
-        return f"flow run {flow_run_id} ({_short(error)})"
-    return f"flow run {flow_run.name!r} is {flow_run.state_name}"
+        return FlowRunFate(f"flow run {flow_run_id} ({_short(error)})")
+    state = flow_run.state
+    if state is None:
+        return FlowRunFate(f"flow run {flow_run.name!r} has no state")
+    why = f" ({_short(Exception(state.message))})" if state.is_final() and state.message else ""
+    description = f"flow run {flow_run.name!r} is {state.name}{why}"
+    return FlowRunFate(description, not state.is_scheduled(), state.is_final(), state.is_crashed())
 
 
 def cancel_flow_run(flow_run_id: str) -> None:

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from fedpipe_core.errors import FedPipeError, StoreError
+from fedpipe_core.errors import FedPipeError
 from fedpipe_core.schemas import LeaseRecord
 from tasks.records import get_record
-from tasks.storage import ObjectStore
+from tasks.storage import LONGEST_PAUSE_SECONDS, ObjectStore
 
 BEATS_PER_LEASE = 4
 Ending = Literal["done", "left", "failed", "orphaned"]
@@ -39,13 +39,20 @@ class Heartbeat:
 
     def end(self, ended: Ending, reason: str = "") -> None:
         """Stop renewing and say how the holder ended; a store that fails then leaves others to notice the silence."""
+        self.stop()
+        try:
+            found = get_record(self.store, self.key, LeaseRecord)
+            if found is not None and found.owner != self.owner and found.ended is None:
+                return  # another holds the lease by now
+            self._write(LeaseRecord(owner=self.owner, beat=self._beats + 1, ended=ended, reason=reason))
+        except FedPipeError:
+            return
+
+    def stop(self) -> None:
+        """Stop renewing, without a word."""
         self._ending.set()
         if self._thread.is_alive():
             self._thread.join(self._pause_seconds)
-        try:
-            self._write(LeaseRecord(owner=self.owner, beat=self._beats + 1, ended=ended, reason=reason))
-        except StoreError:
-            return
 
     def _run(self) -> None:
         while not self._ending.wait(self._pause_seconds):
@@ -82,8 +89,10 @@ class LeaseWatch:
         if self._read_at is not None and now - self._read_at < pause_seconds:
             return self.lease
         found = get_record(self._store, self._key, LeaseRecord)
-        now = time.monotonic()  # a store that was away let the holder's beats wait as well: a gap counts as one pause
-        gap_seconds = 0.0 if self._read_at is None else min(now - self._read_at, 2 * pause_seconds)
-        self.silent_seconds = self.silent_seconds + gap_seconds if found == self.lease else 0.0
+        now = time.monotonic()
+        gap_seconds = 0.0 if self._read_at is None else now - self._read_at
+        # A store that was away let the holder's beats wait as well: after an outage the count begins anew.
+        known = found == self.lease and gap_seconds < max(self._lease_seconds, LONGEST_PAUSE_SECONDS)
+        self.silent_seconds = self.silent_seconds + min(gap_seconds, 2 * pause_seconds) if known else 0.0
         self._read_at, self.lease = now, found
         return found

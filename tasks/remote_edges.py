@@ -19,12 +19,12 @@ from tasks.federation import Coordinator
 from tasks.flow_runs import (
     EdgeJob,
     cancel_flow_run,
-    describe_flow_run,
     give_up_flow_run,
+    look_at_flow_run,
     start_flow_run,
     unfinished_flow_run,
 )
-from tasks.leases import Ending, Heartbeat, LeaseWatch
+from tasks.leases import BEATS_PER_LEASE, Ending, Heartbeat, LeaseWatch
 from tasks.records import offer_record, recorded_edges
 
 
@@ -37,6 +37,7 @@ class RemoteEdge:
         self._job = EdgeJob(keys.run, address, spec)
         self._lease = LeaseWatch(store, keys.edge_lease(spec.edge_id), self._limits.lease_seconds)
         self._flow_run_id, self._started_at, self._starts = "", 0.0, 0
+        self._asked_at, self._absence = 0.0, ""
 
     @property
     def edge_id(self) -> str:
@@ -61,13 +62,7 @@ class RemoteEdge:
             return f"{lease.ended}: {lease.reason}" if lease.reason else str(lease.ended)
         if lease.ended is None and not self._lease.expired:
             return None
-        silence = lease.reason or f"gave no sign of life for {self._lease.silent_seconds:.0f} s"
-        if self._starts > self._limits.restarts:
-            return f"{silence}, and was started {self._starts} times (remote.restarts is {self._limits.restarts})"
-        progress.note(f"{self.edge_id} {silence}; it is started again")
-        give_up_flow_run(self._flow_run_id, silence)
-        self._start_anew()
-        return None
+        return self._start_again(lease.reason or f"gave no sign of life for {self._lease.silent_seconds:.0f} s")
 
     def let_go(self, complete: bool) -> None:
         """End the edge's flow run; one that serves a complete run ends by itself."""
@@ -75,17 +70,38 @@ class RemoteEdge:
         if self._flow_run_id and not (complete and serves):
             cancel_flow_run(self._flow_run_id)
 
+    def _start_again(self, reason: str) -> str | None:
+        """Replace a flow run whose process died; the reason, and that it happened too often, when it may not."""
+        if self._starts > self._limits.restarts:
+            return f"{reason}, and was started {self._starts} times (remote.restarts is {self._limits.restarts})"
+        progress.note(f"{self.edge_id} {reason}; it is started again")
+        give_up_flow_run(self._flow_run_id, reason)
+        self._start_anew()
+        return None
+
     def _start_anew(self) -> None:
-        self._starts += 1
+        self._starts, self._absence = self._starts + 1, ""
         self._flow_run_id, self._started_at = start_flow_run(self._job, uuid4().hex), time.monotonic()
 
     def _not_started(self) -> str | None:
-        if time.monotonic() - self._started_at < self._limits.start_seconds:
+        """Why the flow run gives no sign of life, as found a few times per lease; None while it may still come."""
+        now = time.monotonic()
+        if now - self._asked_at >= self._limits.lease_seconds / BEATS_PER_LEASE:
+            self._asked_at, self._absence = now, self._find_absence(now - self._started_at) or ""
+        return self._absence or None
+
+    def _find_absence(self, waited_seconds: float) -> str | None:
+        fate = look_at_flow_run(self._flow_run_id)
+        if fate.crashed:
+            return self._start_again(f"died before it served: {fate.description}")
+        if fate.ended:
+            return f"ended before it served: {fate.description}"
+        if waited_seconds < self._limits.start_seconds:
             return None
-        return (
-            f"did not start within {self._limits.start_seconds:g} s: {describe_flow_run(self._flow_run_id)}; is a "
-            f"worker running for queue {self._job.queue} of work pool {self._job.edge.work_pool}?"
-        )
+        late = f"did not start within {self._limits.start_seconds:g} s: {fate.description}"
+        if fate.taken:  # and lost: a worker that took it died with it
+            return self._start_again(late)
+        return f"{late}; is a worker running for queue {self._job.queue} of work pool {self._job.edge.work_pool}?"
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def open_session(own: EdgeConfig, run: str, address: str) -> tuple[EdgeSession, 
     Raises ConfigError when the run is not in the store, or does not want this edge.
     """
     choose_device(own)
-    store, keys = open_store(own.store or address, write=False), RunKeys(run)
+    store, keys = open_store(own.store or address, write=False, patient=True), RunKeys(run)
     record = get_record(store, keys.federation, FederationRecord, own.coordinator_key)
     if record is None:
         raise ConfigError(f"{own.edge_id}: run {run} is not in {store.root}; correct `store` in edge.yaml")
@@ -61,13 +61,13 @@ class ServedEdge:
     """One edge's session with its signs of life, from entering the block to leaving it.
 
     A thread of its own renews the edge's lease and looks whether the coordinator lives and the open round is still
-    open; the work stops between two steps when not.
+    open; the work stops between two steps when not. With `retried` a failure is not told, as the edge comes back.
     """
 
-    def __init__(self, session: EdgeSession, owner: str):
+    def __init__(self, session: EdgeSession, owner: str, retried: bool = False):
         store, keys, seconds = session.store, session.keys, session.config.remote.lease_seconds
         own_key = keys.edge_lease(session.edge_id)
-        self.session, self._owner = session, owner
+        self.session, self._owner, self._retried = session, owner, retried
         self._open_round = self._closed_round = self._answered_round = 0
         self._stop_reason: str | None = None
         self._complete = False
@@ -81,8 +81,11 @@ class ServedEdge:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        reason = str(error) or type(error).__name__ if error else ""
-        self._heartbeat.end(_ending_of(error), reason)
+        reason, ending = str(error) or type(error).__name__ if error else "", _ending_of(error)
+        if ending == "failed" and self._retried:
+            self._heartbeat.stop()
+        else:
+            self._heartbeat.end(ending, reason)
 
     def check(self) -> None:
         """Raise StoppedError when the edge has to stop, UpdateRefusedError when its round went on without it."""
@@ -133,7 +136,7 @@ class ServedEdge:
             self._stop_reason = coordinator.reason
         elif self._coordinator.expired and not self._complete:
             self._stop_reason = f"the coordinator gave no sign of life for {self._coordinator.silent_seconds:.0f} s"
-        elif own is not None and own.owner != self._owner:
+        elif own is not None and own.owner != self._owner and own.ended is None:  # else an older one said farewell
             self._stop_reason = f"flow run {own.owner} serves this edge now"
         if index and self.session.store.exists(self.session.keys.global_record(index + 1)):
             self._closed_round = index

@@ -65,21 +65,26 @@ class ObjectStore(Protocol):
         """Remove an object; one that is missing is fine."""
 
 
-def open_store(root: str, *, write: bool = True) -> ObjectStore:
+def open_store(root: str, *, write: bool = True, patient: bool = False) -> ObjectStore:
     """Open `s3://bucket/prefix` or a folder, and check that it can be used.
 
     With `write` a folder is made where there is none, and an empty object `.fedpipe` proves that the store can be
     written and creates objects only once. `write=False` is for readers, and for edges whose permissions cover their
-    own keys alone: it only checks that the store answers. On S3, endpoint, credentials and region are the SDK's own
-    (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION, ...).
+    own keys alone: it only checks that the store answers. A store that does not answer is told within seconds, as the
+    address may be wrong; `patient` is for those who know that it is right. On S3, endpoint, credentials and region are
+    the SDK's own (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION, ...).
 
     Raises StoreError when the address is of another kind, the folder cannot be made or written, the bucket is
     missing, credentials are missing or refused, the endpoint is unreachable or ignores `If-None-Match`.
     """
     if "://" in root and not root.startswith("s3://"):
         raise StoreError(f"store {root}: only folders and s3://bucket/prefix are supported; change the address")
-    store = _connect_s3(root) if root.startswith("s3://") else LocalStore(root)
-    store.check(write=write)
+    if not root.startswith("s3://"):
+        folder = LocalStore(root)
+        folder.check(write=write)
+        return folder
+    store = _connect_s3(root)
+    (store if patient else replace(store, patience_seconds=OPENING_PATIENCE_SECONDS)).check(write=write)
     return store
 
 
@@ -108,10 +113,9 @@ class S3Store:
 
     def check(self, *, write: bool) -> None:
         """Raise StoreError unless the bucket answers, or takes an object and refuses to create it twice."""
-        hasty = replace(self, patience_seconds=OPENING_PATIENCE_SECONDS)
         if not write:
-            hasty._call("", lambda: self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1))
-        elif hasty._create(MARKER, b"") and hasty._create(MARKER, b""):
+            self._call("", lambda: self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1))
+        elif self._create(MARKER, b"") and self._create(MARKER, b""):
             raise StoreError(
                 f"store {self.root}: {self.client.meta.endpoint_url} ignores If-None-Match, so records could be "
                 "overwritten; use a server with conditional writes"

@@ -5,10 +5,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
 from s3_servers import FaultProxy, fault_proxy, moto_server
+
+if TYPE_CHECKING:
+    from remote_federation import Keys
 
 # Before Prefect is imported: its console handler would keep a stream that pytest closes.
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -76,6 +80,33 @@ def s3_proxy(s3_root: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) ->
     with fault_proxy(s3_endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
         yield proxy
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> "Keys":
+    """Keys of a coordinator and of the tiny federation's edges."""
+    from remote_federation import Keys
+
+    return Keys(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture(scope="session")
+def remote_environment(
+    tmp_path_factory: pytest.TempPathFactory, keys: "Keys", s3_environment: dict[str, str], s3_bucket: str
+) -> Iterator[dict[str, str]]:
+    """Where commands and edges find servers: Prefect's with the deployments of prefect.yaml, S3, MLflow's database."""
+    from remote_federation import deployed_server
+
+    folder = tmp_path_factory.mktemp("server")
+    with deployed_server(folder) as environment:
+        yield (
+            environment
+            | s3_environment
+            | {
+                "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+                "FEDPIPE_SIGNING_KEY": str(keys.path("coordinator")),
+            }
+        )
 
 
 def _apply(environment: dict[str, str], patch: pytest.MonkeyPatch) -> None:

@@ -5,19 +5,18 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-import boto3
 import httpx
 import psutil
 import pytest
 from commands import Outcome, run_to_end, running
 from prefect_processes import ask
 from prefect_processes import running as worker_running
-from remote_federation import START_WORKER, Keys, deployed_server, edge_workers, federation_keys
-from s3_servers import moto_server
+from remote_federation import START_WORKER, EdgeSite, Keys, edge_sites, federation_keys
 from tiny_federation import EDGES, write_config, write_federation
 
 from flows.deployed import read_config
@@ -31,26 +30,6 @@ FAST = {"rounds": ROUNDS, "remote.poll_seconds": 0.1, "remote.lease_seconds": 8}
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    """Keys of the coordinator and the edges."""
-    return Keys(tmp_path_factory.mktemp("keys"))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, keys: Keys) -> Iterator[dict[str, str]]:
-    """A Prefect server with the deployments of prefect.yaml, an S3 server, and one MLflow database for all runs."""
-    folder = tmp_path_factory.mktemp("server")
-    with deployed_server(folder) as environment, moto_server() as address:
-        yield environment | {
-            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-            "FEDPIPE_SIGNING_KEY": str(keys.path("coordinator")),
-            "AWS_ENDPOINT_URL": address,
-            "AWS_ACCESS_KEY_ID": "tests",
-            "AWS_SECRET_ACCESS_KEY": "tests",
-        }
-
-
-@pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory, keys: Keys) -> Path:
     """A tiny federation two of whose edges have machines of their own; whoever writes to its store signs."""
     folder = tmp_path_factory.mktemp("federation")
@@ -59,10 +38,10 @@ def federation(tmp_path_factory: pytest.TempPathFactory, keys: Keys) -> Path:
 
 
 @pytest.fixture(scope="module")
-def workers(server: dict[str, str], federation: Path, keys: Keys) -> Iterator[dict[str, Path]]:
-    """A worker for each of those edges."""
-    with edge_workers(server, federation, REMOTE, keys) as logs:
-        yield logs
+def sites(remote_environment: dict[str, str], federation: Path, keys: Keys) -> Iterator[dict[str, EdgeSite]]:
+    """The machines of those edges."""
+    with edge_sites(remote_environment, federation, REMOTE, keys) as found:
+        yield found
 
 
 def run_arguments(folder: Path, name: str, *more: object) -> tuple[object, ...]:
@@ -75,11 +54,13 @@ def finish(environment: dict[str, str], folder: Path, name: str, *more: object) 
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server: dict[str, str], federation: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def undisturbed(
+    remote_environment: dict[str, str], federation: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What the same federation comes to with all edges in one process."""
     folder = tmp_path_factory.mktemp("local")
     write_federation(folder, **FAST)
-    outcome = finish(server, folder, "local")
+    outcome = finish(remote_environment, folder, "local")
     assert outcome.exit_code == 0, outcome.stderr
     return outcome.document
 
@@ -93,15 +74,10 @@ def wait_until(path: Path, process: subprocess.Popen[str] | None = None) -> None
         time.sleep(0.005)
 
 
-def edge_processes(edges: Sequence[str] = REMOTE) -> dict[str, psutil.Process]:
-    """The process in which each edge is served, a child of the edge's worker."""
-    found = {}
-    for worker in psutil.Process().children():
-        words = worker.cmdline()
-        edge_id = words[words.index("--work-queue") + 1] if "--work-queue" in words else ""
-        served = worker.children()
-        if edge_id in edges and served:
-            found[edge_id] = served[0]
+def edge_processes(sites: dict[str, EdgeSite]) -> list[psutil.Process]:
+    """The processes in which the edges are served, one for each."""
+    found = [process for site in sites.values() for process in site.served()]
+    assert len(found) == len(sites)
     return found
 
 
@@ -119,28 +95,28 @@ def records(run: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_edges_on_machines_of_their_own_end_in_the_same_bytes(
-    server: dict[str, str], federation: Path, workers: dict[str, Path], undisturbed: dict[str, Any]
+    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite], undisturbed: dict[str, Any]
 ) -> None:
-    outcome = finish(server, federation, "whole")
-    logs = "\n".join(log.read_text()[-3000:] for log in workers.values())
+    outcome = finish(remote_environment, federation, "whole")
+    logs = "\n".join(site.log.read_text()[-3000:] for site in sites.values())
     assert outcome.exit_code == 0, outcome.stderr + logs
     assert outcome.document["adapter_sha256"] == undisturbed["adapter_sha256"]
     assert [entry["participants"] for entry in outcome.document["rounds"]] == [list(EDGES)] * ROUNDS
     for edge_id in REMOTE:
         expected = {f"profile {edge_id}", *(f"round {index + 1} train {edge_id}" for index in range(ROUNDS))}
-        assert task_names(server, f"{edge_id} serves whole") == expected
+        assert task_names(remote_environment, f"{edge_id} serves whole") == expected
 
 
 def test_killed_coordinator_finds_its_edges_again_and_repeats_nothing(
-    server: dict[str, str], federation: Path, workers: dict[str, Path], undisturbed: dict[str, Any]
+    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite], undisturbed: dict[str, Any]
 ) -> None:
     store = federation / "out/store/killed"
-    with running(server, federation, *run_arguments(federation, "killed")) as process:
+    with running(remote_environment, federation, *run_arguments(federation, "killed")) as process:
         wait_until(store / "rounds/0002/global.json", process)
         time.sleep(random.uniform(0, 1))
         process.kill()
     seen = records(store)
-    outcome = finish(server, federation, "killed", "--resume")
+    outcome = finish(remote_environment, federation, "killed", "--resume")
     assert outcome.exit_code == 0, outcome.stderr
     assert outcome.document["adapter_sha256"] == undisturbed["adapter_sha256"]
     now = records(store)
@@ -148,12 +124,12 @@ def test_killed_coordinator_finds_its_edges_again_and_repeats_nothing(
 
 
 def test_killed_edge_is_started_again_and_the_run_ends_in_the_same_bytes(
-    server: dict[str, str], federation: Path, workers: dict[str, Path], undisturbed: dict[str, Any]
+    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite], undisturbed: dict[str, Any]
 ) -> None:
     store = federation / "out/store/maimed"
-    with running(server, federation, *run_arguments(federation, "maimed")) as process:
+    with running(remote_environment, federation, *run_arguments(federation, "maimed")) as process:
         wait_until(store / "rounds/0002/updates/east.json", process)
-        edge_processes()["east"].kill()
+        assert sites["east"].kill_edge()
         stdout, _ = process.communicate(timeout=RUN_SECONDS)
     assert process.returncode == 0, (federation / "stderr").read_text()
     outcome = Outcome(process.returncode, stdout, (federation / "stderr").read_text())
@@ -162,64 +138,58 @@ def test_killed_edge_is_started_again_and_the_run_ends_in_the_same_bytes(
 
 
 def test_interrupted_coordinator_stops_every_edge_within_30_seconds(
-    server: dict[str, str], federation: Path, workers: dict[str, Path]
+    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite]
 ) -> None:
     store = federation / "out/store/stopped"
-    with running(server, federation, *run_arguments(federation, "stopped")) as process:
+    with running(remote_environment, federation, *run_arguments(federation, "stopped")) as process:
         wait_until(store / "rounds/0001/updates/west.json", process)
-        served = edge_processes()
-        assert set(served) == set(REMOTE)
+        served = edge_processes(sites)
         interrupted = time.monotonic()
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=RUN_SECONDS)
-    _, alive = psutil.wait_procs(list(served.values()), timeout=30 - (time.monotonic() - interrupted))
+    _, alive = psutil.wait_procs(served, timeout=30 - (time.monotonic() - interrupted))
     assert process.returncode == 130
     assert not alive
 
 
 def test_edges_meet_their_coordinator_on_s3(
-    server: dict[str, str], federation: Path, workers: dict[str, Path], undisturbed: dict[str, Any]
+    remote_environment: dict[str, str],
+    federation: Path,
+    sites: dict[str, EdgeSite],
+    undisturbed: dict[str, Any],
+    s3_bucket: str,
 ) -> None:
-    s3 = boto3.client(
-        "s3",
-        region_name="us-east-1",
-        endpoint_url=server["AWS_ENDPOINT_URL"],
-        aws_access_key_id=server["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=server["AWS_SECRET_ACCESS_KEY"],
-    )
-    s3.create_bucket(Bucket="federations")
-    outcome = finish(server, federation, "cloud", "--set", "store=s3://federations/here")
+    outcome = finish(remote_environment, federation, "cloud", "--set", f"store=s3://{s3_bucket}/{uuid4().hex}")
     assert outcome.exit_code == 0, outcome.stderr
     assert outcome.document["adapter_sha256"] == undisturbed["adapter_sha256"]
 
 
 def test_run_cancelled_in_the_ui_stops_every_edge_within_30_seconds(
-    server: dict[str, str], federation: Path, workers: dict[str, Path]
+    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite]
 ) -> None:
     config = read_config(str(federation / "federation.yaml"))["config"]
     with (
-        worker_running(shlex.split(START_WORKER), server, federation / "coordinator.log"),
-        httpx.Client(base_url=server["PREFECT_API_URL"], timeout=30) as api,
+        worker_running(shlex.split(START_WORKER), remote_environment, federation / "coordinator.log"),
+        httpx.Client(base_url=remote_environment["PREFECT_API_URL"], timeout=30) as api,
     ):
         deployment = ask(api, "GET", "/deployments/name/federated_finetune/intents").json()["id"]
         parameters = {"config": config, "run": "cancelled", "release": False}
         body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
         created = ask(api, "POST", f"/deployments/{deployment}/create_flow_run", body).raise_for_status()
         wait_until(federation / "out/store/cancelled/rounds/0001/updates/west.json")
-        served = edge_processes()
-        assert set(served) == set(REMOTE)
+        served = edge_processes(sites)
         cancelling = {"state": {"type": "CANCELLING"}}
         ask(api, "POST", f"/flow_runs/{created.json()['id']}/set_state", cancelling).raise_for_status()
-        _, alive = psutil.wait_procs(list(served.values()), timeout=30)
+        _, alive = psutil.wait_procs(served, timeout=30)
     assert not alive
 
 
 def test_edge_that_never_appears_is_named_and_the_quorum_goes_on(
-    server: dict[str, str], federation: Path, workers: dict[str, Path], keys: Keys
+    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite], keys: Keys
 ) -> None:
     limits = {"rounds": 1, "remote.start_seconds": 40, "min_edges": 2}
     write_config(federation, **federation_keys(EDGES, keys), **FAST | limits)
-    outcome = finish(server, federation, "without-north")
+    outcome = finish(remote_environment, federation, "without-north")
     write_config(federation, **federation_keys(REMOTE, keys), **FAST)
     assert outcome.exit_code == 0, outcome.stderr
     assert outcome.document["rounds"][0]["participants"] == ["east", "west"]

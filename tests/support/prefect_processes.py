@@ -5,13 +5,15 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
 import httpx
 import psutil
+from postgres import postgres_programs, postgres_server
 
 T = TypeVar("T")
 
@@ -20,7 +22,7 @@ START_SECONDS = 180  # a first start migrates an empty database; on a busy machi
 
 @contextmanager
 def prefect_server(home: Path) -> Iterator[dict[str, str]]:
-    """Run a server with a home of its own and yield the environment in which Prefect finds it."""
+    """Run a server with a home of its own, on PostgreSQL where that is installed, and yield how Prefect finds it."""
     address = f"http://127.0.0.1:{_free_port()}/api"
     left_out = ("MLFLOW_TRACKING_URI", "FEDPIPE_STORE")
     environment = {name: value for name, value in os.environ.items() if name not in left_out} | {
@@ -33,9 +35,20 @@ def prefect_server(home: Path) -> Iterator[dict[str, str]]:
         "OMP_NUM_THREADS": "1",
     }
     port = address.removesuffix("/api").rpartition(":")[2]
-    with running(["server", "start", "--host", "127.0.0.1", "--port", port], environment, home / "server.log") as log:
+    command = ["server", "start", "--host", "127.0.0.1", "--port", port]
+    with _database() as database, running(command, environment | database, home / "server.log") as log:
         wait_for(lambda: _answers(f"{address}/health"), START_SECONDS, "Prefect's server", log)
         yield environment
+
+
+@contextmanager
+def _database() -> Iterator[dict[str, str]]:
+    """Where the server keeps its records: SQLite, its default, where no PostgreSQL is installed."""
+    programs = postgres_programs()
+    if programs is None:
+        warnings.warn("PostgreSQL is not installed, so Prefect's server runs on SQLite", stacklevel=2)
+    with nullcontext() if programs is None else postgres_server(programs) as address:
+        yield {"PREFECT_SERVER_DATABASE_CONNECTION_URL": address} if address else {}
 
 
 @contextmanager

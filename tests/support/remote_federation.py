@@ -2,10 +2,11 @@
 
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from prefect_processes import call, prefect_server, running
 from tiny_federation import EDGES, RESOURCES
@@ -67,23 +68,69 @@ def write_edge_config(folder: Path, edge_id: str, rows: Path, **changes: Any) ->
     return path
 
 
-@contextmanager
-def edge_worker(environment: dict[str, str], config: Path, edge_id: str) -> Iterator[Path]:
-    """Run a worker for one edge, as at the edge; the value is its log."""
-    arguments = ["worker", "start", "--pool", POOL, "--work-queue", edge_id, "--name", edge_id]
-    with running(arguments, environment | {"FEDPIPE_EDGE_CONFIG": str(config)}, config.parent / "worker.log") as log:
-        yield log
+class EdgeSite:
+    """One edge's machine: its edge.yaml, its worker, and the process in which the worker has the edge served."""
+
+    def __init__(self, environment: dict[str, str], config: Path, edge_id: str):
+        self.environment, self.config, self.edge_id = environment, config, edge_id
+        self._worker = ExitStack()
+
+    def start_worker(self) -> None:
+        """Start a worker on the edge's queue, as a service manager would."""
+        arguments = ["worker", "start", "--pool", POOL, "--work-queue", self.edge_id, "--name", self.edge_id]
+        environment = self.environment | {"FEDPIPE_EDGE_CONFIG": str(self.config)}
+        self._worker.enter_context(running(arguments, environment, self.log))
+
+    @property
+    def log(self) -> Path:
+        """The worker's log, with what the edge's process prints."""
+        return self.config.parent / "worker.log"
+
+    def served(self) -> list[psutil.Process]:
+        """The processes that serve the edge: one at most, unless the worker of one was killed."""
+        return [process for process in self._processes() if "worker" not in process.cmdline()]
+
+    def kill_edge(self) -> bool:
+        """SIGKILL the process that serves the edge; whether there was one."""
+        served = self.served()
+        for process in served:
+            process.kill()
+        return bool(served)
+
+    def kill_worker(self) -> None:
+        """SIGKILL the worker alone; an edge that it started goes on, one that it was about to start is lost."""
+        for process in self._processes():
+            if "worker" in process.cmdline():
+                process.kill()
+        self._worker.close()
+
+    def close(self) -> None:
+        """Kill everything at the edge."""
+        self._worker.close()
+        self.kill_edge()
+
+    def _processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("FEDPIPE_EDGE_CONFIG") == str(self.config):
+                    found.append(process)
+        return found
 
 
 @contextmanager
-def edge_workers(
+def edge_sites(
     environment: dict[str, str], folder: Path, edges: Sequence[str], keys: Keys
-) -> Iterator[dict[str, Path]]:
-    """Workers for several edges, whose rows lie in `folder` under their names; their logs by edge."""
+) -> Iterator[dict[str, EdgeSite]]:
+    """Several edges with a worker each, whose rows lie in `folder` under their names."""
+    sites = {}
     with ExitStack() as stack:
-        logs = {}
         for edge_id in edges:
             secrets = {"key": str(keys.path(edge_id)), "coordinator_key": keys.public["coordinator"]}
             config = write_edge_config(folder / "edges", edge_id, folder / f"{edge_id}.jsonl", **secrets)
-            logs[edge_id] = stack.enter_context(edge_worker(environment, config, edge_id))
-        yield logs
+            # One place in the queue: a dead process that kept it would keep its successor out.
+            call(["work-queue", "create", edge_id, "--pool", POOL, "--limit", "1"], environment, folder)
+            sites[edge_id] = EdgeSite(environment, config, edge_id)
+            stack.callback(sites[edge_id].close)
+            sites[edge_id].start_worker()
+        yield sites

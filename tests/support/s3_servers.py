@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
@@ -36,7 +37,10 @@ def moto_server() -> Iterator[str]:
 
 
 class FaultProxy(ThreadingHTTPServer):
-    """Hands requests on to an S3 server; the next one meets the next of `faults`, None is no fault."""
+    """Hands requests on to an S3 server; the next one meets the next of `faults`, None is no fault.
+
+    Until `away_until`, by the monotonic clock, every request is cut. `answered` holds what the server took or gave.
+    """
 
     daemon_threads = True
 
@@ -45,6 +49,8 @@ class FaultProxy(ThreadingHTTPServer):
         self.upstream = urlsplit(upstream)
         self.faults: Iterator[Fault | None] = iter(())
         self.requests: list[str] = []
+        self.answered: list[tuple[str, int]] = []
+        self.away_until = 0.0
         self._lock = Lock()
 
     @property
@@ -56,6 +62,8 @@ class FaultProxy(ThreadingHTTPServer):
         """What shall happen to this request."""
         with self._lock:
             self.requests.append(request)
+            if time.monotonic() < self.away_until:
+                return "cut request"
             return next(self.faults, None)
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -96,6 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         response = connection.getresponse()
         answer = response.read()
         connection.close()
+        self.server.answered.append((f"{self.command} {self.path}", response.status))
         if fault == "lose answer":
             self.close_connection = True
         else:
