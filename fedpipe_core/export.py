@@ -42,10 +42,14 @@ class TunedModel:
 
 @dataclass(frozen=True)
 class ExportScheme:
-    """How one form is written to a folder, and how that folder becomes a model again."""
+    """How one form is written to a folder, and how that folder becomes a model again.
+
+    `check` raises ModelError for a base that the form cannot hold, so that it is told before training.
+    """
 
     write: Callable[[TunedModel, Path], None]
     load: Callable[[TunedModel, Path], nn.Module]
+    check: Callable[[Base], None] = lambda base: None
 
 
 def merge(base: nn.Module, adapter: Adapter) -> nn.Module:
