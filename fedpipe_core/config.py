@@ -48,7 +48,7 @@ __all__ = [
 
 AggregationRule = Literal["delta_svd", "fedavg", "rankwise", "hetlora", "flexlora", "raflora", "ffa", "flora_stack"]
 Method = Literal["fedpipe", "fedlora"]
-ExportName = Literal["adapter", "merged", "int8", "nf4", "nf4+adapter", "auto"]
+ExportName = Literal["adapter", "merged", "int8", "nf4", "nf4+adapter", "gguf-f16", "gguf-q8_0", "auto"]
 Metric = Literal["accuracy", "macro_f1", "loss", "perplexity", "token_accuracy", GenerationMetric]
 ImportanceMethod = Literal["adalora", "gradient_spectrum", "uniform", "random", "last_layers"]
 
@@ -231,8 +231,8 @@ class ReleaseSpec(Spec):
     exports: tuple[ExportName, ...] = Field(
         ("adapter", "merged"),
         description="Formats written; `merged` is what is registered, int8 and nf4 are the merged model quantized, "
-        "`nf4+adapter` is the quantized base with the adapter beside it, `auto` adds for every edge the best that "
-        "its memory holds",
+        "`nf4+adapter` is the quantized base with the adapter beside it, `gguf-f16` and `gguf-q8_0` are for llama.cpp "
+        "(causal-lm), `auto` adds for every edge the best that its memory holds",
     )
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Number format of the merged model")
     metric: Metric | None = Field(
@@ -409,6 +409,9 @@ def _task_faults(config: FederationConfig) -> list[str]:
         faults.append("data.labels, the number of labels, is missing")
     if classifies and config.training.packing:
         faults.append("training.packing is for model.task causal-lm; a classifier reads one text per row")
+    gguf = [scheme for scheme in config.release.exports if scheme.startswith("gguf")]
+    if classifies and gguf:
+        faults.append(f"release.exports has {gguf[0]}, which holds language models alone; name int8 or nf4 instead")
     metrics = _metrics(config)
     if config.release.metric not in (None, *metrics):
         faults.append(f"release.metric is {config.release.metric}, which is not measured: {', '.join(metrics)} are")

@@ -1,7 +1,8 @@
 """The tuned model in forms others can load: a PEFT folder, and the merged model that `transformers` loads alone.
 
-Merging is done on the dense base in float32; a quantized base would round most of the change away. Each scheme says how
-it is written and how a user reads it back, so that what is judged is what was written.
+Merging is done on the dense base in float32; a quantized base would round most of the change away. `merge` makes the
+model that is judged in memory, `merged_weights` writes one of any size. Each scheme says how it is written and how a
+user reads it back, so that what is judged is what was written.
 """
 
 import copy
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from fedpipe_core.adapters import Adapter
+from fedpipe_core.merged_weights import MergedWeights, write_weights
 from fedpipe_core.model import Base, auto_class, head_modules, predicts_tokens, share
 
 PEFT_TASKS = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
@@ -40,10 +42,14 @@ class TunedModel:
 
 @dataclass(frozen=True)
 class ExportScheme:
-    """How one form is written to a folder, and how that folder becomes a model again."""
+    """How one form is written to a folder, and how that folder becomes a model again.
+
+    `check` raises ModelError for a base that the form cannot hold, so that it is told before training.
+    """
 
     write: Callable[[TunedModel, Path], None]
     load: Callable[[TunedModel, Path], nn.Module]
+    check: Callable[[Base], None] = lambda base: None
 
 
 def merge(base: nn.Module, adapter: Adapter) -> nn.Module:
@@ -110,29 +116,23 @@ def _load_adapter(tuned: TunedModel, folder: Path) -> nn.Module:
 
 
 def _write_merged(tuned: TunedModel, folder: Path) -> None:
-    """A folder in Hugging Face format with the tokenizer and the labels' names."""
-    model: Any = merge(tuned.base.model, tuned.adapter)
-    if tuned.label_names is not None:
-        model.config.id2label = dict(enumerate(tuned.label_names))
-        model.config.label2id = {name: index for index, name in enumerate(tuned.label_names)}
+    """A folder in Hugging Face format with the tokenizer and the labels' names; weights are written shard by shard."""
     dtype = DTYPES[tuned.dtype]
-    _convert(model, dtype)
-    model.config.dtype = dtype
-    model.save_pretrained(folder)
+    write_weights(MergedWeights(tuned.base, tuned.adapter), folder, dtype)
+    model: Any = tuned.base.model
+    config = copy.deepcopy(model.config)
+    config.dtype, config.architectures = dtype, [type(model).__name__]
+    if tuned.label_names is not None:
+        config.id2label = dict(enumerate(tuned.label_names))
+        config.label2id = {name: index for index, name in enumerate(tuned.label_names)}
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if model.is_remote_code():
+        from transformers.dynamic_module_utils import custom_object_save
+
+        custom_object_save(model, folder, config=config)
     write_tokenizer(tuned, folder)
-
-
-def _convert(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give a model parameters of its own in a dtype: `model.to` would change those shared with the base.
-
-    What is one parameter in two places, as tied embeddings are, stays one.
-    """
-    converted: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
-            if parameter not in converted:
-                converted[parameter] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-            setattr(module, leaf, converted[parameter])
 
 
 def write_tokenizer(tuned: TunedModel, folder: Path) -> None:

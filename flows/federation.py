@@ -23,6 +23,7 @@ from tasks.edge import EdgeSession, Machine
 from tasks.federation import Coordinator
 from tasks.plans import plan_at, plan_round
 from tasks.records import RunKeys, get_record, put_record
+from tasks.release import check_exports
 from tasks.remote_edges import RemoteEdge
 from tasks.report import read_facts
 from tasks.reports import Outcome
@@ -111,6 +112,7 @@ def _read_all_data(coordinator: Coordinator, sessions: Sequence[EdgeSession]) ->
         for session in sessions:
             session.data  # noqa: B018  read and kept by the session
         coordinator.held_out, coordinator.label_names, coordinator.slices  # noqa: B018
+        check_exports(coordinator)
 
 
 def _plan(coordinator: Coordinator, edges: Edges, saved_plan: SavedPlan | None) -> FederationPlan:

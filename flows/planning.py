@@ -16,6 +16,7 @@ from flows.federation import Edges, edge_sessions, profile_edges
 from tasks import federation, remote_edges, reports
 from tasks.federation import Coordinator
 from tasks.records import RunKeys
+from tasks.release import check_exports
 from tasks.storage import open_store
 
 
@@ -30,6 +31,7 @@ def plan_federation(config: FederationConfig, save: str | None = None) -> tuple[
     try:
         if config.remote_edges:
             federation.open_federation(config, coordinator.store, keys, resume=False)
+        check_exports(coordinator)
         with remote_edges.serving(coordinator) as remotes:
             profile_edges(coordinator, Edges(edge_sessions(coordinator), remotes))
         return _planned(coordinator, save)

@@ -26,6 +26,7 @@ from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ReleaseError
 from fedpipe_core.export import EXPORT_SCHEMES, TunedModel, merge
 from fedpipe_core.export_proof import agreement, answers, measure_latency
+from fedpipe_core.gguf_export import GGUF_SCHEMES
 from fedpipe_core.quantized_export import QUANTIZED_SCHEMES
 from fedpipe_core.schemas import Latency
 from fedpipe_core.wire import decode_adapter
@@ -33,7 +34,7 @@ from tasks.federation import Coordinator, batches_at_once
 from tasks.local_store import LocalStore
 from tasks.records import RunKeys
 
-SCHEMES = EXPORT_SCHEMES | QUANTIZED_SCHEMES
+SCHEMES = EXPORT_SCHEMES | QUANTIZED_SCHEMES | GGUF_SCHEMES
 COMPARED_EXAMPLES = 512  # on which answers are compared one by one
 COMPARED_BATCH = 32  # at most, so that every core has some
 COMPARED_TEXTS = 128  # of a language model, each with as many answers as tokens

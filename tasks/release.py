@@ -20,6 +20,7 @@ from fedpipe_core.dialogues import chat_template
 from fedpipe_core.errors import ReleaseError
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.export import TunedModel, folder_sha256
+from fedpipe_core.export_choice import AUTO
 from fedpipe_core.gate import Check, Decision, decide, loss_check
 from fedpipe_core.model_card import CardFacts, license_of, render_card
 from fedpipe_core.predictions import Answers, metric_interval
@@ -116,6 +117,13 @@ class Release:
         _, adapter = read_global(coordinator.store, coordinator.keys, coordinator.config.rounds + 1)
         config, template = coordinator.config, chat_template(coordinator.config.data)
         return TunedModel(coordinator.base, adapter, config.release.dtype, coordinator.label_names, template)
+
+
+def check_exports(coordinator: Coordinator) -> None:
+    """Raise ModelError, before anything is trained, when a configured export cannot hold the base."""
+    for scheme in coordinator.config.release.exports:
+        if scheme != AUTO:
+            SCHEMES[scheme].check(coordinator.base)
 
 
 @task(task_run_name="export {scheme}", cache_policy=NO_CACHE)

@@ -1,6 +1,8 @@
 """What `examples/` holds is what the code accepts today."""
 
+import gzip
 import os
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -27,19 +29,33 @@ def test_example_loads_and_names_data_that_is_there(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_language_model_example_trains_writes_and_is_judged(tmp_path: Path) -> None:
+def test_language_model_example_trains_writes_and_is_released_for_llama_cpp_too(tmp_path: Path) -> None:
+    with gzip.open(EXAMPLES / "e2e" / "data" / "test.jsonl.gz", "rt", encoding="utf-8") as whole:
+        (tmp_path / "test.jsonl").write_text("".join(islice(whole, 24)), encoding="utf-8")
     little = {
         "rounds": 1,
-        "training.examples_per_round": 64,
+        "training.examples_per_round": 32,
         "planning.profile_steps": 5,
         "evaluation.examples_per_round": 16,
-        "evaluation.generate.examples": 4,
+        "evaluation.generate.examples": 2,
+        "evaluation.generate.max_new_tokens": 16,
+        "data.test": tmp_path / "test.jsonl",
+        "release.exports": '["merged","gguf-f16","gguf-q8_0"]',
     }
     changes = [word for key, value in little.items() for word in ("--set", f"{key}={value}")]
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
-    arguments = ("run", EXAMPLES / "e2e" / "federation.yaml", *changes, "--no-release", "--json")
-    outcome = run_to_end(environment, tmp_path, *arguments)
+    outcome = run_to_end(environment, tmp_path, "run", EXAMPLES / "e2e" / "federation.yaml", *changes, "--json")
     assert outcome.exit_code == 0, outcome.stderr
     before, after = (outcome.document[name] for name in ("baseline_metrics", "metrics"))
     assert {"loss", "perplexity", "token_accuracy", "bleu", "chrf"} <= set(after)
     assert after["loss"] < before["loss"]
+    exports = {entry["scheme"]: entry for entry in outcome.document["exports"]}
+    assert list(exports) == ["merged", "gguf-f16", "gguf-q8_0"]
+    for entry in exports.values():
+        assert entry["kept"], entry["reason"]
+        assert abs(entry["loss_increase"]) < 0.01
+        assert entry["agreement"] > 0.97
+        assert entry["latency"]["pairs"] > 0
+    q8_0, f16, merged = (exports[scheme]["bytes"] for scheme in ("gguf-q8_0", "gguf-f16", "merged"))
+    assert q8_0 < 0.6 * f16 < 0.4 * merged
+    assert (tmp_path / exports["gguf-q8_0"]["path"] / "model.gguf").stat().st_size == q8_0

@@ -16,8 +16,8 @@ BITS = {"int8": 8, "nf4": 4, "nf4+adapter": 4}
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> TunedModel:
-    # bitsandbytes' fused CPU kernels take widths that 32 divides
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"), "bert", intermediate_size=64)
+    # bitsandbytes' fused CPU kernels take widths that 64 divides
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"), "bert", hidden_size=64, intermediate_size=128)
     base = load_base(ModelSpec(base=str(folder)), LABELS, 32, seed=0)
     adapter = random_adapter(base.model, dict.fromkeys(adaptable_modules(base.model), 2), size=0.1)
     return TunedModel(base, adapter, "fp32", None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import Command, FinishedRun, Outcome
-from tiny_federation import rows, write_config, write_federation, write_rows
+from tiny_federation import rows, write_config, write_federation, write_rows, write_writers_federation
 
 SECONDS_TO_REFUSE = 60
 NOWHERE = "127.0.0.1:9"  # the discard port, on which nothing listens
@@ -114,6 +114,21 @@ def test_missing_slice_column_is_refused_before_training(federation: Path, fedpi
     config = write_config(federation, **{"release.slice_column": "domain"})
     assert_refused(fedpipe("run", config), "has no column 'domain'")
     assert_nothing_written(federation)
+
+
+def test_gguf_of_a_classifier_is_refused_when_the_config_is_read(federation: Path, fedpipe: Command) -> None:
+    config = write_config(federation, **{"release.exports": ["merged", "gguf-q8_0"]})
+    assert_refused(fedpipe("run", config), "release.exports has gguf-q8_0, which holds language models alone", lines=2)
+    assert_nothing_written(federation)
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_gguf_of_a_base_that_it_cannot_hold_is_refused_before_training(
+    tmp_path: Path, fedpipe: Command, command: str
+) -> None:
+    config = write_writers_federation(tmp_path / "writers", **{"release.exports": ["merged", "gguf-f16"]})
+    assert_refused(fedpipe(command, config), "the tokenizer (WordLevel + WhitespaceSplit) is none that GGUF can hold")
+    assert_nothing_written(tmp_path / "writers")
 
 
 def test_missing_model_folder_is_refused(federation: Path, fedpipe: Command) -> None:
