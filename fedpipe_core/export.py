@@ -16,7 +16,12 @@ import torch
 from torch import nn
 
 from fedpipe_core.adapters import Adapter
+from fedpipe_core.forms import FORMS
+from fedpipe_core.merging import merge
+from fedpipe_core.methods import Form
 from fedpipe_core.model import Base, auto_class, head_modules, predicts_tokens, share
+
+__all__ = ["EXPORT_SCHEMES", "ExportScheme", "TunedModel", "folder_sha256", "merge", "write_tokenizer"]
 
 PEFT_TASKS = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -31,6 +36,11 @@ class TunedModel:
     dtype: str
     label_names: list[str] | None
     chat_template: str | None = None
+    form: Form = "lora"
+
+    def model(self) -> nn.Module:
+        """The merged model in memory."""
+        return FORMS[self.form].judged(self.base.model, self.adapter)
 
     @property
     def task(self) -> str:
@@ -44,23 +54,6 @@ class ExportScheme:
 
     write: Callable[[TunedModel, Path], None]
     load: Callable[[TunedModel, Path], nn.Module]
-
-
-def merge(base: nn.Module, adapter: Adapter) -> nn.Module:
-    """A copy of the dense base with W + B·A in place of W and the trained head; the base's own tensors stay."""
-    model = share(base)
-    with torch.no_grad():
-        for name, factors in adapter.factors.items():
-            module = model.get_submodule(name)
-            weight = module.get_parameter("weight")
-            change = factors.dense().to(weight.device)
-            # GPT-2's Conv1D keeps its weight as (in_features, out_features).
-            change = change if isinstance(module, nn.Linear) else change.T
-            _replace(module, "weight", weight.float() + change)
-        for name, value in adapter.head.items():
-            module_name, _, leaf = name.rpartition(".")
-            _replace(model.get_submodule(module_name), leaf, value)
-    return model
 
 
 def folder_sha256(folder: Path) -> str:
@@ -111,7 +104,7 @@ def _load_adapter(tuned: TunedModel, folder: Path) -> nn.Module:
 
 def _write_merged(tuned: TunedModel, folder: Path) -> None:
     """A folder in Hugging Face format with the tokenizer and the labels' names."""
-    model: Any = merge(tuned.base.model, tuned.adapter)
+    model: Any = tuned.model()
     if tuned.label_names is not None:
         model.config.id2label = dict(enumerate(tuned.label_names))
         model.config.label2id = {name: index for index, name in enumerate(tuned.label_names)}
@@ -146,11 +139,6 @@ def write_tokenizer(tuned: TunedModel, folder: Path) -> None:
 def _load_merged(tuned: TunedModel, folder: Path) -> nn.Module:
     model: nn.Module = auto_class(tuned.task).from_pretrained(folder, local_files_only=True).eval()
     return model
-
-
-def _replace(module: nn.Module, leaf: str, value: torch.Tensor) -> None:
-    old = module.get_parameter(leaf)
-    setattr(module, leaf, nn.Parameter(value.to(old), requires_grad=False))
 
 
 EXPORT_SCHEMES: dict[str, ExportScheme] = {

@@ -12,6 +12,7 @@ from fedpipe_core.batches import Batch, longest_example_tokens, pad_batch, token
 from fedpipe_core.config import FederationConfig, ResourcesSpec
 from fedpipe_core.errors import RunError
 from fedpipe_core.importance import score_modules
+from fedpipe_core.methods import METHODS
 from fedpipe_core.model import Base, device_of
 from fedpipe_core.resources import declared_step_cost, free_memory_bytes, measured_activation_cost, measured_step_cost
 from fedpipe_core.schemas import EdgeProfile, ModelShape, StepCost
@@ -77,7 +78,8 @@ def _step_cost(
     if declared is not None:
         return declared_step_cost(declared.tokens_per_second, declared.step_seconds, shape)
     small, large = (probe_batch(data.train, size) for size in probe_sizes(config.planning.batch_sizes))
-    return measured_step_cost(base.model, small, large, config.model.bits)
+    whole = METHODS[config.method].form == "whole"
+    return measured_step_cost(base.model, small, large, config.model.bits, whole=whole)
 
 
 def probe_sizes(batch_sizes: Sequence[int]) -> tuple[int, int]:
@@ -87,6 +89,8 @@ def probe_sizes(batch_sizes: Sequence[int]) -> tuple[int, int]:
 
 
 def _scores(edge_id: str, base: Base, data: EdgeData, config: FederationConfig) -> dict[str, list[float]]:
+    if METHODS[config.method].sizes:  # nobody asks for them
+        return {}
     spec = config.planning
     parts = (config.seed, "profile", edge_id)
     batches = training_batches(data.train, spec.profile_batch_size, spec.profile_steps, parts)

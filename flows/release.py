@@ -9,9 +9,10 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from fedpipe_core.config import FederationConfig
-from fedpipe_core.errors import ReleaseError, TrackingError
+from fedpipe_core.errors import ConfigError, ReleaseError, TrackingError
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.export_choice import choose_exports
+from fedpipe_core.methods import METHODS
 from fedpipe_core.schemas import ExportRecord, FederationRecord, ReleaseReport, RoundRecord
 from flows.deployed import require_lasting_store
 from tasks import progress, release, tracking
@@ -35,6 +36,7 @@ def release_model(run: str, store: str = ".fedpipe/store", baseline: dict[str, f
     """
     require_lasting_store(store)
     coordinator = _coordinator(run, store)
+    require_releasable(coordinator.config)
     before = baseline or metrics_of(evaluate(coordinator, 1, whole=True))
     step = release.Release(coordinator, functools.partial(track, coordinator), before)
     with step:
@@ -44,6 +46,15 @@ def release_model(run: str, store: str = ".fedpipe/store", baseline: dict[str, f
     create_table_artifact(gate_rows(report), key="gate", description=f"Gate of {run}")
     create_markdown_artifact(_summary(report), key="release", description=f"Release of {run}")
     return report
+
+
+def require_releasable(config: FederationConfig) -> None:
+    """Raises ConfigError for a method whose model cannot be written in a form that others load."""
+    reason = METHODS[config.method].unreleased
+    if reason:
+        raise ConfigError(
+            f"method {config.method} has no release: {reason}; run it with --no-release, which evaluates it"
+        )
 
 
 def _registered(step: release.Release, exports: list[ExportRecord]) -> ReleaseReport:

@@ -7,9 +7,9 @@ mode; sessions in one process share one base per bit width.
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from prefect import get_run_logger, task
@@ -20,11 +20,13 @@ from fedpipe_core.adapters import Adapter
 from fedpipe_core.batches import Batch, training_batches
 from fedpipe_core.config import EdgeSpec, FederationConfig, ModelSpec
 from fedpipe_core.data import fingerprint, split_validation
-from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter, read_adapter, with_frozen_right_factors
+from fedpipe_core.edge_model import EdgeModel, load_adapter, read_adapter
 from fedpipe_core.errors import FedPipeError, IntegrityError
 from fedpipe_core.evaluation import metrics_of, predict
+from fedpipe_core.forms import FORMS, InstanceSpec
 from fedpipe_core.low_rank import LowRank
 from fedpipe_core.memory import training_memory_bytes
+from fedpipe_core.methods import METHODS
 from fedpipe_core.model import Base, load_base, model_shape
 from fedpipe_core.partition import load_edge_examples
 from fedpipe_core.profiling import EdgeData, probe_batch, profile_edge
@@ -115,8 +117,21 @@ class EdgeSession:
         """Whether there is a plan that has this edge."""
         return self._find_plan() is not None
 
-    def _find_plan(self) -> FederationPlan | None:
-        for key in (self.keys.plan, *self.store.list(self.keys.joined_plans)):
+    def begin_round(self, round_index: int) -> None:
+        """Take over the plan that holds in a round, where sizes change: one of other ranks takes a new model."""
+        if not METHODS[self.config.method].trials:
+            return
+        known = self.__dict__.pop("federation_plan", None)
+        later = [key for key in self.store.list(self.keys.joined_plans) if int(PurePosixPath(key).stem) <= round_index]
+        plan = self._find_plan([*reversed(later), self.keys.plan])
+        if plan is None or known is None or plan.edges[self.edge_id].ranks != known.edges[self.edge_id].ranks:
+            self.__dict__.pop("model", None)
+            self.__dict__.pop("peak_memory_bytes", None)
+        if plan is not None:
+            self.federation_plan = plan
+
+    def _find_plan(self, keys: Sequence[str] = ()) -> FederationPlan | None:
+        for key in keys or (self.keys.plan, *self.store.list(self.keys.joined_plans)):
             plan = get_record(self.store, key, FederationPlan, self.config.coordinator_signs)
             if plan is not None and self.edge_id in plan.edges:
                 return plan
@@ -155,15 +170,20 @@ class EdgeSession:
 
     @functools.cached_property
     def model(self) -> EdgeModel:
-        """The edge's adapters and head on the planned base; built in the first round."""
-        base = shared_base(self.config, self.plan.base_bits)
-        scaling, rule = self.config.training.adapter_scaling, self.config.aggregation.rule
+        """What the edge trains, on the planned base; built in the first round."""
+        base, rule = shared_base(self.config, self.plan.base_bits), self.config.aggregation.rule
         cap = self.config.aggregation.rank_cap if aggregation_rules.has_frozen_tail(rule) else 0
         if rule == "flora_stack":
             cap += self.federation_plan.largest_rank  # all that was learned is frozen, so every module has a tail
-        modules = self.federation_plan.planned_modules
-        model = build_edge_model(base.model, self.plan.ranks, cap, scaling, self.plan.checkpointing, modules)
-        return with_frozen_right_factors(model) if rule == "ffa" else model
+        spec = InstanceSpec(
+            ranks=self.plan.ranks,
+            modules=self.federation_plan.planned_modules,
+            tail_cap=cap,
+            scaling=self.config.training.adapter_scaling,
+            checkpointing=self.plan.checkpointing,
+            frozen_right=rule == "ffa",
+        )
+        return FORMS[METHODS[self.config.method].form].build(base.model, spec)
 
     @functools.cached_property
     def peak_memory_bytes(self) -> int:
@@ -268,6 +288,7 @@ def edge_start(config: FederationConfig, plan: EdgePlan, adapter: Adapter, round
 
 def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
     torch.set_num_threads(session.machine.threads)
+    session.begin_round(round_index)
     config, keys, plan = session.config, session.keys, session.plan
     started, started_at = time.perf_counter(), time.time()
     record, adapter = read_global(session.store, keys, round_index, config.coordinator_signs)
@@ -277,6 +298,7 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
     with progress.working(session.edge_id, f"train round {round_index}", plan.local_steps) as advance:
         metrics = _validate(session)
         report = _train(session, round_index, advance)
+        trained_metrics = _validate(session) if plan.trial else {}
     data, encoded = _encode(session, round_index, start), time.perf_counter()
     published = put_data(session.store, keys.update_data(round_index, session.edge_id), data)
     finished = time.perf_counter()
@@ -298,6 +320,7 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
         peak_memory_bytes=session.peak_memory_bytes,
         download_bytes=record.adapter.size_bytes,
         metrics=metrics,
+        trained_metrics=trained_metrics,
     )
     put_record(session.store, keys.update_record(round_index, session.edge_id), update, session.machine.signing_key)
     return update

@@ -21,6 +21,7 @@ from fedpipe_core.errors import ReleaseError
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.export import TunedModel, folder_sha256
 from fedpipe_core.gate import Check, Decision, decide, loss_check
+from fedpipe_core.methods import METHODS
 from fedpipe_core.model_card import CardFacts, license_of, render_card
 from fedpipe_core.predictions import Answers, metric_interval
 from fedpipe_core.report import render_page
@@ -115,7 +116,8 @@ class Release:
         coordinator = self.coordinator
         _, adapter = read_global(coordinator.store, coordinator.keys, coordinator.config.rounds + 1)
         config, template = coordinator.config, chat_template(coordinator.config.data)
-        return TunedModel(coordinator.base, adapter, config.release.dtype, coordinator.label_names, template)
+        dtype, form = config.release.dtype, METHODS[config.method].form
+        return TunedModel(coordinator.base, adapter, dtype, coordinator.label_names, template, form)
 
 
 @task(task_run_name="export {scheme}", cache_policy=NO_CACHE)
