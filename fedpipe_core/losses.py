@@ -60,7 +60,7 @@ def learned_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> LearnedToke
 
 def token_logits(learned: LearnedTokens) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Logits (n, vocabulary), ids (n,) and rows (n,) of the learned tokens, at most `SCORED_AT_ONCE` at a time."""
-    parts = (value.split(SCORED_AT_ONCE) for value in learned[:3])
+    parts = (torch.split(value, SCORED_AT_ONCE) for value in learned[:3])
     for states, targets, rows in zip(*parts, strict=True):
         yield learned.score(states).float(), targets, rows
 
