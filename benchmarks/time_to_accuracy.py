@@ -1,9 +1,10 @@
 """What automatic configuration is worth: simulated time to a target accuracy, against uniform federated LoRA.
 
-Run `python benchmarks/time_to_accuracy.py [--json] [--quick] [--seeds N] [--only NAME ...]`. CLINC150 and MiniLM on
-five edges of domains of their own, 1, 1, 2, 4 and 8 times slower than a core of this machine, with memory and links to
-match. Every method gets the same simulated time, profiling and planning charged; each ablation takes one decision away
-from FedPipe. Runs are kept under `benchmarks/results`, so a second call only prints; `--quick` keeps nothing.
+Run `python benchmarks/time_to_accuracy.py [--json] [--quick] [--seeds N] [--deal NAME] [--only NAME ...]`. CLINC150 and
+MiniLM on five edges, 1, 1, 2, 4 and 8 times slower than a core of this machine, with memory and links to match; each
+holds domains of its own, or rows dealt at random. Every method gets the same simulated time, profiling and planning
+charged; each ablation takes one decision away from FedPipe. Runs are kept under `benchmarks/results`, so a second call
+only prints; `--quick` keeps nothing.
 """
 
 import json
@@ -67,6 +68,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "averaged factors": {**SPECTRUM, "aggregation.rule": "fedavg"},
 }
 FEDPIPE, FEDLORA = "fedpipe", "fedlora"
+BY_DOMAIN, AT_RANDOM = "by domain", "at random"
+DEALS: dict[str, dict[str, Any]] = {BY_DOMAIN: {}, AT_RANDOM: {"data.partition": {"by": "iid"}}}
 
 
 @dataclass(frozen=True)
@@ -87,17 +90,17 @@ class Row:
     mib_moved: float
 
 
-def make_config(method: str, seed: int) -> FederationConfig:
-    """The config of a method."""
+def make_config(method: str, seed: int, deal: str = BY_DOMAIN) -> FederationConfig:
+    """The config of a method, for rows dealt by domain or at random."""
     edges = [
         {
             "edge_id": edge_id,
-            "values": domains,
+            **({"values": domains} if deal == BY_DOMAIN else {}),
             "resources": {"memory_gib": gib, "bandwidth_mbit": mbit, "tokens_per_second": 1000 / slowdown},
         }
         for edge_id, (slowdown, gib, mbit, domains) in EDGES.items()
     ]
-    document = {"seed": seed, "edges": edges, **COMMON, **METHODS[method]}
+    document = {"seed": seed, "edges": edges, **DEALS[deal], **COMMON, **METHODS[method]}
     return load_config(INTENTS, [f"{key}={json.dumps(value)}" for key, value in document.items()])
 
 
@@ -209,24 +212,25 @@ def main() -> None:
     """Print the table and its checks."""
     options_parser = parser(__doc__)
     options_parser.add_argument("--quick", action="store_true", help="train hardly anything")
-    options_parser.add_argument("--seeds", type=int, default=len(SEEDS), help="number of seeds of the two methods")
+    options_parser.add_argument("--seeds", type=int, default=len(SEEDS), choices=(1, 2, 3), help="number of seeds")
+    options_parser.add_argument("--deal", default=BY_DOMAIN, choices=DEALS, help="how rows are dealt to the edges")
     options_parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run")
     options = options_parser.parse_args()
     torch.set_num_threads(1)
     results = results_of("time_to_accuracy", options.quick)
     setting = Setting(10.0 if options.quick else BUDGET_SECONDS, SLOWDOWNS, *core_of(results))
     runs: dict[str, list[Run]] = {}
+    suffix = "" if options.deal == BY_DOMAIN else f"/{options.deal}"
     for seed in SEEDS[: 1 if options.quick else options.seeds]:
         for method in options.only:
-            if seed == 0 or method in (FEDPIPE, FEDLORA):
-                config = make_config(method, seed)
-                name = f"{method}/seed {seed}"
-                kept = results.kept(name, config_hash(config), lambda c=config: simulate(c, setting))  # type: ignore[misc]
-                runs.setdefault(method, []).append(kept)
+            config = make_config(method, seed, options.deal)
+            name = f"{method}/seed {seed}{suffix}"
+            kept = results.kept(name, config_hash(config), lambda c=config: simulate(c, setting))  # type: ignore[misc]
+            runs.setdefault(method, []).append(kept)
     rows = {method: make_row(method, found) for method, found in runs.items()}
-    if not options.quick:
+    if not options.quick and options.deal == BY_DOMAIN:
         plot(runs)
-    document = {"target": TARGET, "budget_seconds": setting.budget_seconds, "folder": FOLDER.name}
+    document = {"target": TARGET, "budget_seconds": setting.budget_seconds, "deal": options.deal, "folder": FOLDER.name}
     document["table"] = [asdict(row) for row in rows.values()]
     finish(options.json, document, checks(rows), table(list(rows.values())))
 
