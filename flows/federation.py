@@ -69,6 +69,7 @@ def federated_finetune(
     require_lasting_places(config)
     started, store = time.perf_counter(), open_store(config.store)
     coordinator = Coordinator(config, store, RunKeys(run or new_run_name(config)))
+    tracking.connect_early(tracking.tracking_uri(config.tracking, store.root))
     keys, sessions = coordinator.keys, edge_sessions(coordinator)
     progress.note(f"run {keys.run} in {store.root}")
     _read_all_data(coordinator, sessions)

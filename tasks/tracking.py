@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -86,6 +87,16 @@ def open_run(
     run = TrackedRun(uri, experiment, run_id)
     log_params(run, params)
     return run
+
+
+def connect_early(uri: str) -> None:
+    """Import MLflow and open its database in a thread, while other work goes on; `open_run` tells what fails."""
+
+    def work() -> None:
+        with suppress(Exception):
+            connect(uri)
+
+    threading.Thread(target=work, name="MLflow", daemon=True).start()
 
 
 def log_params(run: TrackedRun, params: Mapping[str, object]) -> None:
