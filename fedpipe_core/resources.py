@@ -132,7 +132,7 @@ def saved_tensor_bytes(forward: Callable[[], Any], ignored: Iterable[Tensor] = (
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in skipped:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operation that keeps its own result would hold itself, and all before it, for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()  # kept alive until counted, so that no address is used twice

@@ -70,6 +70,7 @@ def federated_finetune(
     require_lasting_places(config)
     started, store = time.perf_counter(), open_store(config.store)
     coordinator = Coordinator(config, store, RunKeys(run or new_run_name(config)))
+    tracking.connect_early(tracking.tracking_uri(config.tracking, store.root))
     keys, sessions = coordinator.keys, edge_sessions(coordinator)
     progress.note(f"run {keys.run} in {store.root}")
     _read_all_data(coordinator, sessions)
@@ -144,8 +145,7 @@ def _run_rounds(coordinator: Coordinator, edges: Edges, plan: FederationPlan, tr
     rounds = _all_rounds(coordinator, edges)
     plan = plan_at(coordinator.store, coordinator.keys, coordinator.config.rounds)
     with progress.working("coordinator", "record the rounds in MLflow"):
-        for record in rounds:
-            tracking.log_round(tracked, record.round, *reports.tracked_metrics(record))
+        tracking.log_rounds(tracked, {record.round: reports.tracked_metrics(record) for record in rounds})
         reports.log_plots(tracked, plan, rounds)
     create_table_artifact(reports.round_rows(rounds), key="rounds", description=f"Rounds of {coordinator.keys.run}")
     return Outcome(plan, rounds, baseline)

@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -29,13 +30,16 @@ from fedpipe_core.token_predictions import read_answers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Metrics = Mapping[str, float]
+
 RUN_TAG = "fedpipe.run"
 STORE_TAG = "fedpipe.store"
 EDGE_TAG = "fedpipe.edge"
 _SQLITE = "sqlite:///"
 _CLASSIFIER_CODE, _GENERATOR_CODE = (Path(__file__).with_name(f"serving_{kind}.py") for kind in ("model", "generator"))
 _SERVING_PACKAGES = ("mlflow", "torch", "transformers", "safetensors")
-_PARAMS_PER_CALL = 100  # MLflow's limit of one batch
+_PARAMS_PER_CALL = 100  # MLflow's limits of one batch
+_METRICS_PER_CALL = 1000
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the default of 7 lets an unreachable server hang for minutes
@@ -85,6 +89,16 @@ def open_run(
     return run
 
 
+def connect_early(uri: str) -> None:
+    """Import MLflow and open its database in a thread, while other work goes on; `open_run` tells what fails."""
+
+    def work() -> None:
+        with suppress(Exception):
+            connect(uri)
+
+    threading.Thread(target=work, name="MLflow", daemon=True).start()
+
+
 def log_params(run: TrackedRun, params: Mapping[str, object]) -> None:
     """Record parameters that are not recorded yet; nested ones get dotted names."""
     from mlflow.entities import Param
@@ -103,12 +117,21 @@ def log_round(
 
     A round that is already recorded is left as it is, so a resumed run may log its rounds again.
     """
+    log_rounds(run, {round_index: (metrics, edge_metrics)})
+
+
+def log_rounds(run: TrackedRun, rounds: Mapping[int, tuple[Metrics, Mapping[str, Metrics]]]) -> None:
+    """`log_round` for several rounds, each with its index: one request for all that is new of an edge."""
+    edges = sorted({edge_id for _, edge_metrics in rounds.values() for edge_id in edge_metrics})
     with speaking_to(run.uri):
-        _log_step(run.uri, run.run_id, round_index, metrics)
-        children = _edge_runs(run) if edge_metrics else {}
-        for edge_id, values in sorted(edge_metrics.items()):
-            child = children.get(edge_id) or _start_edge_run(run, edge_id)
-            _log_step(run.uri, child, round_index, values)
+        _log_steps(run.uri, run.run_id, {index: metrics for index, (metrics, _) in rounds.items()})
+        experiment_id = connect(run.uri).get_run(run.run_id).info.experiment_id
+        children = _edge_runs(run) if edges else {}
+        for edge_id in edges:
+            steps = {index: found[edge_id] for index, (_, found) in rounds.items() if edge_id in found}
+            known = edge_id in children
+            child = children[edge_id] if known else _start_edge_run(run, experiment_id, edge_id)
+            _log_steps(run.uri, child, steps, new=not known)
 
 
 def log_metrics(run: TrackedRun, metrics: Mapping[str, float]) -> None:
@@ -295,22 +318,26 @@ def _edge_runs(run: TrackedRun) -> dict[str, str]:
             return children
 
 
-def _start_edge_run(run: TrackedRun, edge_id: str) -> str:
-    client = connect(run.uri)
-    experiment_id = client.get_run(run.run_id).info.experiment_id
+def _start_edge_run(run: TrackedRun, experiment_id: str, edge_id: str) -> str:
     tags = {"mlflow.parentRunId": run.run_id, EDGE_TAG: edge_id}
-    return str(client.create_run(experiment_id, tags=tags, run_name=edge_id).info.run_id)
+    return str(connect(run.uri).create_run(experiment_id, tags=tags, run_name=edge_id).info.run_id)
 
 
-def _log_step(uri: str, run_id: str, step: int, metrics: Mapping[str, float]) -> None:
-    """Record metrics at one step in one transaction, unless the step has been recorded."""
+def _log_steps(uri: str, run_id: str, steps: Mapping[int, Metrics], new: bool = False) -> None:
+    """Record the metrics of each step that has not been recorded; a step's metrics go in one transaction."""
     from mlflow.entities import Metric
 
-    if not metrics:
-        return
     client, now = connect(uri), int(time.time() * 1000)
-    if step not in {known.step for known in client.get_metric_history(run_id, min(metrics))}:
-        client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+    names = sorted({name for metrics in steps.values() for name in metrics})
+    if not names:
+        return
+    known = set() if new else {kept.step for kept in client.get_metric_history(run_id, names[0])}
+    at_once = max(1, _METRICS_PER_CALL // len(names))
+    missing = [step for step in steps if step not in known]
+    for start in range(0, len(missing), at_once):
+        chosen = missing[start : start + at_once]
+        entries = [Metric(name, value, now, step) for step in chosen for name, value in steps[step].items()]
+        client.log_batch(run_id, metrics=entries)
 
 
 def _flatten(params: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:

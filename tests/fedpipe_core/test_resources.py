@@ -1,4 +1,5 @@
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -160,3 +161,15 @@ def test_a_container_without_a_limit_says_nothing(tmp_path):
     for name, text in {"memory.max": "max", "memory.current": "700", "memory.stat": ""}.items():
         (tmp_path / name).write_text(text)
     assert container_free_bytes(tmp_path) is None
+
+
+def test_counting_what_autograd_keeps_holds_nothing_afterwards():
+    seen = []
+
+    def forward():
+        result = torch.exp(torch.ones(3, requires_grad=True) * 2)  # keeps its own result for the backward pass
+        seen.append(weakref.ref(result))
+        return result.sum()
+
+    assert saved_tensor_bytes(forward)[0] > 0
+    assert seen[0]() is None

@@ -99,6 +99,18 @@ def test_round_logged_again_after_a_resume_is_not_doubled(run: TrackedRun) -> No
     assert len(connect(run.uri).get_metric_history(children["edge-0"], "loss")) == 1
 
 
+def test_rounds_logged_together_are_those_logged_one_by_one(run: TrackedRun) -> None:
+    rounds = {index: ({"accuracy": index / 10}, {f"edge-{index % 2}": {"loss": 1 / index}}) for index in range(1, 5)}
+    tracking.log_round(run, 1, *rounds[1])
+    tracking.log_rounds(run, rounds)
+    tracking.log_rounds(run, rounds)
+    assert history(run, run.run_id, "accuracy") == {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4}
+    children = child_runs(run)
+    assert history(run, children["edge-1"], "loss") == {1: 1.0, 3: 1 / 3}
+    assert history(run, children["edge-0"], "loss") == {2: 0.5, 4: 0.25}
+    assert len(connect(run.uri).get_metric_history(children["edge-1"], "loss")) == 2
+
+
 def test_closing_a_run_closes_its_edges(run: TrackedRun) -> None:
     tracking.log_round(run, 1, {"accuracy": 0.4}, {"edge-0": {"loss": 0.5}})
     tracking.close_run(run, "FINISHED")
