@@ -126,6 +126,11 @@ class TrainingSpec(Spec):
         description="Whether examples of a batch share rows of at most `model.max_tokens` tokens, where none sees "
         "another (for causal-lm); spares padding where the lengths in a batch differ",
     )
+    learn_prompts: bool = Field(
+        False,
+        description="Whether training rows are learned whole, what is asked with what is answered (for causal-lm); "
+        "metrics count the answers alone either way",
+    )
     micro_batch_size: int | None = Field(
         None,
         ge=1,

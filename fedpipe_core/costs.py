@@ -14,6 +14,7 @@ from functools import cached_property
 from fedpipe_core.schemas import EdgeProfile, ModelShape, PredictedCost
 
 TRAINED_BYTES = 16  # fp32 weight, gradient and AdamW's two moments
+FACTOR_BYTES = 4  # of a value in an adapter's factors and of what it computes
 FROZEN_BYTES = 4  # fp32 weight of the frozen tail
 NF4_BYTES = 0.5 + 0.127 / 8  # with double-quantized scales (arXiv 2305.14314, §3)
 BASE_BYTES = {32: 4.0, 16: 2.0, 8: 1.0, 4: NF4_BYTES}
@@ -69,7 +70,7 @@ class CostModel:
         )
 
     def peak_memory_bytes(self, work: Work, lowest_block: int) -> float:
-        """base + 16·trained + 4·tail + activations + logits and their gradient + working space + fixed part."""
+        """base + 16·trained + 4·tail + activations + working space, or logits if they take more + fixed part."""
         ranks = work.ranks
         adapters = sum(self.adapter_bytes(name, ranks.get(name, 0)) for name in self.shape.modules)
         tokens = self.longest_tokens(work.batch_size)
@@ -113,12 +114,18 @@ class CostModel:
         return rank * (TRAINED_BYTES * trained + FROZEN_BYTES * frozen) + FROZEN_BYTES * tail * self._features(module)
 
     def adapter_activation_bytes(self, module: str, rank: int) -> float:
-        """Per token: the module's input, kept because a trained A now needs it, and the adapter's inner values."""
-        value = self.profile.value_bytes
+        """Per token: the module's input, kept because a trained A now needs it, and the adapter's inner values.
+
+        Adapters compute in float32, so of shorter values each keeps a copy of its own.
+        """
+        inner = FACTOR_BYTES * rank
         if rank == 0 or self.frozen_a:
-            return value * rank
+            return inner
+        copied = self.shape.modules[module].in_features * FACTOR_BYTES
+        if self.profile.value_bytes < FACTOR_BYTES:
+            return inner + copied
         kept = self.profile.activation_cost.per_token_module_bytes.get(module)
-        return value * rank + (value * self.shape.modules[module].in_features if kept is None else kept)
+        return inner + (copied if kept is None else kept)
 
     def adapter_activations(self, work: Work) -> float:
         """Per token what all adapters keep; with checkpointing only the widest block's at a time."""
@@ -128,19 +135,20 @@ class CostModel:
         return max(blocks) if work.checkpointing else sum(blocks)
 
     def backbone_activation_bytes(self, tokens: float, lowest_block: int, checkpointing: bool) -> float:
-        """What the frozen network keeps, with the logits and the gradients in flight around the widest module.
+        """What the frozen network keeps, and on top the larger of what scoring and the way back through a block take.
 
         Without checkpointing every reached block keeps its share; with it each keeps its input, and one is recomputed,
         whose values stay until its backward pass is done, where they otherwise make room for gradients one by one.
+        Logits and their gradient are gone before the way back reaches a block.
         """
         cost, blocks, value = self.profile.activation_cost, self._num_blocks, self.profile.value_bytes
         reached = blocks - lowest_block
-        in_flight = (GRADIENTS_IN_FLIGHT + checkpointing) * self._widest_module
+        in_flight = value * (GRADIENTS_IN_FLIGHT + checkpointing) * self._widest_module
         if checkpointing:
-            per_token = value * self.shape.hidden_features * reached + cost.per_token_bytes / blocks
+            kept, recomputed = float(value * self.shape.hidden_features * reached), cost.per_token_bytes / blocks
         else:
-            per_token = cost.per_token_bytes * reached / blocks
-        return cost.fixed_bytes + tokens * (per_token + value * in_flight) + self._logits_bytes(tokens)
+            kept, recomputed = cost.per_token_bytes * reached / blocks, 0.0
+        return cost.fixed_bytes + tokens * kept + max(tokens * (recomputed + in_flight), self._logits_bytes(tokens))
 
     def fixed_step_seconds(self, bits: int, lowest_block: int, checkpointing: bool) -> float:
         """What a step takes whatever its tokens: the optimizer, starting kernels, and dequantizing the base."""

@@ -69,6 +69,7 @@ def build_edge_model(
     if checkpointing:
         _checkpoint_blocks(model)
     edge = EdgeModel(model, tuner, dict(ranks), tail_ranks, scaling)
+    _keep_factors_in_float32(edge)
     _activate(edge, tail=False)
     return edge
 
@@ -173,6 +174,14 @@ def _activate(edge: EdgeModel, tail: bool) -> None:
 def _factors(model: nn.Module, name: str, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
     layer = model.get_submodule(name)
     return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight  # type: ignore[index, union-attr]
+
+
+def _keep_factors_in_float32(edge: EdgeModel) -> None:
+    """PEFT gives factors the dtype of a dense weight; in bfloat16 most steps of an optimizer would round to nothing."""
+    for names, adapter in ((edge.ranks, TRAINED), (edge.tail_ranks, TAIL)):
+        for name in names:
+            for factor in _factors(edge.model, name, adapter):
+                factor.data = factor.data.float()
 
 
 def _fill(model: nn.Module, name: str, adapter: str, factors: LowRank | None) -> None:

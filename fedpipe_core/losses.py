@@ -60,9 +60,9 @@ def learned_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> LearnedToke
 
 def token_logits(learned: LearnedTokens) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Logits (n, vocabulary), ids (n,) and rows (n,) of the learned tokens, at most `SCORED_AT_ONCE` at a time."""
-    parts = (torch.split(value, SCORED_AT_ONCE) for value in learned[:3])
-    for states, targets, rows in zip(*parts, strict=True):
-        yield learned.score(states).float(), targets, rows
+    for start in range(0, len(learned.targets), SCORED_AT_ONCE):
+        part = slice(start, start + SCORED_AT_ONCE)
+        yield learned.score(learned.states[part]).float(), learned.targets[part], learned.rows[part]
 
 
 class _SummedLoss(torch.autograd.Function):

@@ -20,11 +20,16 @@ OPTIMIZER_COPIES = 3  # gradient and AdamW's two moments beside every trained pa
 
 def training_memory_bytes(edge: EdgeModel, batch: Batch) -> int:
     """Bytes of weights, gradients, optimizer state and kept activations of one step; takes one forward pass."""
-    weights = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _held(edge.model)}
     trained = sum(value.nbytes for value in (*edge.adapter_parameters(), *edge.head_parameters()))
     moved = move_batch(batch, edge.model)
     kept, _ = saved_tensor_bytes(lambda: training_loss(edge.model, moved), edge.model.parameters())
-    return sum(weights.values()) + OPTIMIZER_COPIES * trained + kept
+    return held_bytes(edge.model) + OPTIMIZER_COPIES * trained + kept
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of all tensors a model holds, each storage once."""
+    weights = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _held(model)}
+    return sum(weights.values())
 
 
 def _held(model: nn.Module) -> Iterator[Tensor]:

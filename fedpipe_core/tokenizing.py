@@ -67,11 +67,13 @@ def tokenize(
     tokenizer: "PreTrainedTokenizerBase",
     max_tokens: int,
     vocabulary: int | None = None,
+    learn_prompts: bool = False,
 ) -> TokenizedExamples:
     """Token ids of every row, at most `max_tokens`.
 
     A text is cut there. Of a dialogue the start of the prompt is left out, never a part of the answer. A row whose
-    answer does not fit is left out, and so is any longer conversation. `vocabulary` is how many tokens the model knows.
+    answer does not fit is left out, and so is any longer conversation. `vocabulary` is how many tokens the model knows;
+    with `learn_prompts` all tokens of a dialogue are learned, not the answers' alone.
 
     Raises ModelError if the tokenizer has no padding token, DataError if a text gives no token at all, if no row is
     left, or if an id lies outside the vocabulary.
@@ -82,7 +84,7 @@ def tokenize(
             "set `pad_token` in the base model's tokenizer_config.json"
         )
     if isinstance(examples, Dialogues):
-        found = _tokenize_dialogues(examples, tokenizer, max_tokens)
+        found = _tokenize_dialogues(examples, tokenizer, max_tokens, learn_prompts)
     else:
         found = _tokenize_texts(examples, tokenizer, max_tokens)
     if vocabulary is not None:
@@ -124,7 +126,7 @@ Parts = list[tuple[list[int], bool]]  # token ids, and whether they are learned
 
 
 def _tokenize_dialogues(
-    dialogues: Dialogues, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
+    dialogues: Dialogues, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, learn_prompts: bool
 ) -> TokenizedExamples:
     leading = None if dialogues.templated else len(_leading(tokenizer))
     rows = [_shortened(parts, max_tokens, leading) for parts in _rendered(dialogues, tokenizer)]
@@ -135,7 +137,10 @@ def _tokenize_dialogues(
         )
     return TokenizedExamples(
         token_ids=[[token for ids, _ in parts for token in ids] for parts, _ in kept],
-        labels=[[token if learned else IGNORED for ids, learned in parts for token in ids] for parts, _ in kept],
+        labels=[
+            [token if learned or learn_prompts else IGNORED for ids, learned in parts for token in ids]
+            for parts, _ in kept
+        ],
         pad_token_id=tokenizer.pad_token_id,
         cut=sum(was_cut for _, was_cut in kept),
         dropped=len(rows) - len(kept),

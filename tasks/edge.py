@@ -152,7 +152,7 @@ class EdgeSession:
         training, validation = split_validation(examples, self.config.data.validation_fraction, self.config.seed)
         base, longest = self.profile_base, self.config.model.max_tokens
         found = EdgeData(
-            train=tokenize(training, base.tokenizer, longest, base.vocabulary),
+            train=tokenize(training, base.tokenizer, longest, base.vocabulary, self.config.training.learn_prompts),
             validation=tokenize(validation, base.tokenizer, longest, base.vocabulary),
             fingerprint=fingerprint(examples, salt),
         )

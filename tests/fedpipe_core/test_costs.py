@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from planning_cases import make_profile, small_encoder, tiny_model
 
 from fedpipe_core.adapters import initial_adapter
-from fedpipe_core.costs import CostModel, Work, base_bytes, predict, probed_bits
+from fedpipe_core.costs import SCORED_AT_ONCE, CostModel, Work, base_bytes, predict, probed_bits
 from fedpipe_core.schemas import ActivationCost, StepCost
 from fedpipe_core.wire import encode_adapter
 
@@ -15,7 +15,7 @@ PROFILE = make_profile(ENCODER)
 TOP, BOTTOM = "layer.5.query", "layer.0.query"
 
 
-def test_peak_memory_adds_up_base_adapters_activations_and_logits():
+def test_peak_memory_adds_up_base_adapters_and_activations():
     shape = tiny_model()
     profile = make_profile(
         shape,
@@ -28,9 +28,24 @@ def test_peak_memory_adds_up_base_adapters_activations_and_logits():
     adapter, tail = 16 * 2 * 24, 4 * (4 - 2) * 24
     tokens = 2 * 24
     activations = 1000 + tokens * (64 / 2 + 2 * 4 * 24 + 32 + 4 * 2)
-    logits, head = 2 * 4 * 3 * 2, 16 * 27
+    head = 16 * 27
     cost = predict(shape, profile, {"layer.1.in": 2}, 2, 1, 32, global_ranks={"layer.1.in": 4})
-    assert cost.peak_memory_bytes == base + adapter + tail + activations + logits + head + 5000
+    assert cost.peak_memory_bytes == base + adapter + tail + activations + head + 5000
+
+
+@pytest.mark.parametrize(("value_bytes", "bytes_per_logit"), [(4, 12), (2, 16)])
+def test_a_language_models_logits_exist_for_some_tokens_at_once(value_bytes, bytes_per_logit):
+    shape = tiny_model().model_copy(update={"scored_positions": "token", "output_features": 10**6})
+    costs = CostModel(shape, make_profile(shape, value_bytes=value_bytes))
+    few, more, many = (costs.backbone_activation_bytes(tokens, 0, False) for tokens in (1, 2, 10 * SCORED_AT_ONCE))
+    assert more - few == pytest.approx(bytes_per_logit * 10**6, rel=0.01)
+    assert many == pytest.approx(bytes_per_logit * 10**6 * SCORED_AT_ONCE, rel=0.01)
+
+
+def test_an_adapter_on_short_values_keeps_its_input_as_float32():
+    shape, name = tiny_model(), "layer.1.in"
+    short = CostModel(shape, make_profile(shape, value_bytes=2))
+    assert short.adapter_activation_bytes(name, 2) == 4 * (shape.modules[name].in_features + 2)
 
 
 def test_round_seconds_add_up_steps_transfer_and_validation():

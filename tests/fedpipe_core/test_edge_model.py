@@ -303,3 +303,13 @@ def test_a_head_with_a_norm_computes_in_float32_on_a_base_of_16_bits():
     own_head(model)
     assert {value.dtype for value in head_parameters(model).values()} == {torch.float32}
     assert model(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_factors_stay_float32_whatever_the_base_computes_in(tiny_base, bits):
+    base = tiny_base("llama", bits).model
+    name = next(iter(adaptable_modules(base)))
+    edge = build_edge_model(base, {name: 2}, 4, scaling=1.0)
+    parameters = [value for key, value in edge.model.named_parameters() if "lora_" in key]
+    assert {value.dtype for value in parameters} == {torch.float32}
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(edge))

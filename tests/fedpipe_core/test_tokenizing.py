@@ -134,3 +134,8 @@ def test_released_template_of_instructions_renders_alpacas_form():
     used.chat_template = chat_template(spec)
     rendered = used.apply_chat_template([{"role": "user", "content": "Say hi."}], tokenize=False)
     assert rendered == "[CLS]" + ALPACA.format(instruction="Say hi.")
+
+
+def test_prompts_are_learned_too_where_the_config_says_so():
+    found = tokenize(said(words(0, 3), words(10, 2)), tokenizer(), max_tokens=16, learn_prompts=True)
+    assert found.labels == found.token_ids == [[*ids(0, 3), *ids(10, 2), END]]
