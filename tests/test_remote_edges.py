@@ -1,6 +1,8 @@
 """Edges on machines of their own: a Prefect server, workers and the command, all in processes of their own."""
 
+import json
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -164,24 +166,43 @@ def test_edges_meet_their_coordinator_on_s3(
     assert outcome.document["adapter_sha256"] == undisturbed["adapter_sha256"]
 
 
+def start_as_the_ui_does(api: httpx.Client, federation: Path, name: str) -> str:
+    """Create a flow run of the coordinator's deployment and return its address."""
+    config = read_config(str(federation / "federation.yaml"))["config"]
+    deployment = ask(api, "GET", "/deployments/name/federated_finetune/intents").raise_for_status().json()["id"]
+    body = {"parameters": {"config": config, "run": name, "release": False}, "state": {"type": "SCHEDULED"}}
+    created = ask(api, "POST", f"/deployments/{deployment}/create_flow_run", body).raise_for_status()
+    return f"/flow_runs/{created.json()['id']}"
+
+
 def test_run_cancelled_in_the_ui_stops_every_edge_within_30_seconds(
     remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite]
 ) -> None:
-    config = read_config(str(federation / "federation.yaml"))["config"]
     with (
         worker_running(shlex.split(START_WORKER), remote_environment, federation / "coordinator.log"),
         httpx.Client(base_url=remote_environment["PREFECT_API_URL"], timeout=30) as api,
     ):
-        deployment = ask(api, "GET", "/deployments/name/federated_finetune/intents").json()["id"]
-        parameters = {"config": config, "run": "cancelled", "release": False}
-        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
-        created = ask(api, "POST", f"/deployments/{deployment}/create_flow_run", body).raise_for_status()
+        flow_run = start_as_the_ui_does(api, federation, "cancelled")
         wait_until(federation / "out/store/cancelled/rounds/0001/updates/west.json")
         served = edge_processes(sites)
-        cancelling = {"state": {"type": "CANCELLING"}}
-        ask(api, "POST", f"/flow_runs/{created.json()['id']}/set_state", cancelling).raise_for_status()
+        ask(api, "POST", f"{flow_run}/set_state", {"state": {"type": "CANCELLING"}}).raise_for_status()
         _, alive = psutil.wait_procs(served, timeout=30)
     assert not alive
+
+
+def test_coordinator_that_died_with_its_worker_keeps_no_other_run_waiting_for_long(
+    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite]
+) -> None:
+    """One federation at a time: Prefect takes the place of a dead one back when its lease of 30 s expires."""
+    start_worker, log = shlex.split(START_WORKER), federation / "coordinator.log"
+    with httpx.Client(base_url=remote_environment["PREFECT_API_URL"], timeout=30) as api:
+        with worker_running(start_worker, remote_environment, log):
+            start_as_the_ui_does(api, federation, "abandoned")
+            wait_until(federation / "out/store/abandoned/rounds/0001/global.json")
+        assert not (federation / "out/store/abandoned/result.json").exists()
+        with worker_running(start_worker, remote_environment, log):
+            start_as_the_ui_does(api, federation, "next")
+            wait_until(federation / "out/store/next/result.json")
 
 
 def test_edge_that_never_appears_is_named_and_the_quorum_goes_on(
@@ -194,3 +215,73 @@ def test_edge_that_never_appears_is_named_and_the_quorum_goes_on(
     assert outcome.exit_code == 0, outcome.stderr
     assert outcome.document["rounds"][0]["participants"] == ["east", "west"]
     assert "north is planned for when its profile comes: did not start within 40 s" in outcome.stderr
+
+
+def test_too_few_edges_fail_the_run_by_name_and_it_can_be_resumed(
+    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite], undisturbed: dict[str, Any]
+) -> None:
+    west, strict = sites["west"], ("--set", "min_edges=3", "--set", "remote.restarts=0")
+    store = federation / "out/store/few"
+    with running(remote_environment, federation, *run_arguments(federation, "few", *strict)) as process:
+        wait_until(store / "rounds/0002/updates/west.json", process)
+        assert west.kill_edge()
+        process.communicate(timeout=RUN_SECONDS)
+    assert process.returncode == 1
+    said = (federation / "stderr").read_text()
+    assert re.search(
+        r"round \d has 2 updates that count, min_edges is 3; west: .*; mend these edges and .*--resume", said
+    )
+    outcome = finish(remote_environment, federation, "few", "--resume", *strict)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.document["adapter_sha256"] == undisturbed["adapter_sha256"]
+
+
+def test_straggler_is_dropped_at_the_deadline_and_catches_up(
+    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite]
+) -> None:
+    store = federation / "out/store/slow"
+    patient = ("--set", "remote.grace_seconds=4", "--set", "remote.lease_seconds=40")
+    with running(remote_environment, federation, *run_arguments(federation, "slow", *patient)) as process:
+        wait_until(store / "plan.json", process)
+        (east,) = sites["east"].served()
+        east.suspend()
+        wait_until(store / "rounds/0002/global.json", process)
+        east.resume()
+        stdout, _ = process.communicate(timeout=RUN_SECONDS)
+    assert process.returncode == 0, (federation / "stderr").read_text()
+    rounds = json.loads(stdout)["rounds"]
+    assert re.fullmatch(r"late: no answer in \d+ s", rounds[0]["dropped"]["east"])
+    assert (rounds[0]["participants"], rounds[-1]["participants"]) == (["north", "west"], list(EDGES))
+
+
+def test_edge_joins_at_round_3_and_leaves_at_round_5_without_a_restart(
+    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite]
+) -> None:
+    store, changes = (
+        federation / "out/store/changing",
+        ("rounds=6", "remote.start_seconds=3", "remote.lease_seconds=60"),
+    )
+    more = [word for change in changes for word in ("--set", change)]
+    sites["west"].kill_worker()
+    with running(remote_environment, federation, *run_arguments(federation, "changing", *more)) as process:
+        wait_until(store / "rounds/0001/updates/east.json", process)
+        (east,) = sites["east"].served()
+        east.suspend()  # so that round 2 is open until west has come
+        sites["west"].start_worker()
+        wait_until(store / "profiles/west.json", process)
+        east.resume()
+        wait_until(store / "rounds/0004/updates/west.json", process)
+        (west,) = sites["west"].served()
+        west.suspend()
+        west.terminate()
+        west.resume()
+        stdout, _ = process.communicate(timeout=RUN_SECONDS)
+    said = (federation / "stderr").read_text()
+    assert process.returncode == 0, said
+    rounds = json.loads(stdout)["rounds"]
+    assert [entry["participants"] for entry in rounds[:4]] == [["east", "north"]] * 2 + [list(EDGES)] * 2
+    assert [entry["participants"] for entry in rounds[4:]] == [["east", "north"]] * 2
+    assert rounds[4]["dropped"]["west"].startswith("left")
+    assert "west joins in round 3" in said
+    assert "started again" not in said
+    assert not (store / "plans/0004.json").exists()
