@@ -161,7 +161,7 @@ def run_to_end(command: Sequence[object], environment: Mapping[str, str], folder
     with Path(environment["EQUAL_JOB_MARKS"]).with_name("run.log").open("a+b") as log:
         process = subprocess.Popen(
             _found(command, environment), env=dict(environment), cwd=folder, stdout=subprocess.PIPE, stderr=log,
-            stdin=subprocess.DEVNULL, text=True,
+            stdin=subprocess.DEVNULL, text=True, start_new_session=True,
         )  # fmt: skip
         output, _ = process.communicate(timeout=LIMIT_SECONDS)
         if process.returncode:
@@ -176,7 +176,7 @@ def start(command: Sequence[object], environment: Mapping[str, str], log: Path) 
     with log.open("wb") as output:
         return subprocess.Popen(
             _found(command, environment), env=dict(environment), cwd=log.parent, stdin=subprocess.DEVNULL,
-            stdout=output, stderr=output,
+            stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
 
 

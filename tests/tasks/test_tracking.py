@@ -2,6 +2,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -182,3 +183,15 @@ def test_database_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
 def test_importing_the_module_imports_no_mlflow() -> None:
     code = "import sys, tasks.tracking, tasks.registry; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_connection_made_early_is_the_one_used_later(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/early.db"
+    tracking.connect_early(uri)
+    for thread in threading.enumerate():
+        if thread.name == "MLflow":
+            thread.join()
+    known = connect.cache_info().hits
+    open_run(uri, "early", "run", {}, {})
+    assert connect.cache_info().hits > known
+    assert (tmp_path / "early.db").is_file()
