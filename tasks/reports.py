@@ -218,3 +218,21 @@ def _rank_map(plan: FederationPlan) -> "Figure":
     axes.set_yticks(range(len(modules)), modules, fontsize=6)
     axes.set_title("rank of every module")
     return figure
+
+
+def gate_rows(report: ReleaseReport) -> list[dict[str, Any]]:
+    """The gate's checks as a table; one row with the reason where nothing had to be checked."""
+    decision = report.model.decision
+    if not decision.checks:
+        reason = "; ".join(decision.reasons)
+        return [{"check": "none", "number": "", "threshold": "", "verdict": "unchanged", "in words": reason}]
+    return [
+        {
+            "check": check.name,
+            "number": round(check.value, 6),
+            "threshold": "" if check.threshold is None else check.threshold,
+            "verdict": "passed" if check.passed else "failed",
+            "in words": check.reason,
+        }
+        for check in decision.checks
+    ]
