@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedpipe_core.errors import ModelError
 
+BASE_FILE = "base.json"  # lies in an adapter's folder and says which base it belongs to
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER_PATTERNS = ("tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md"]  # no pickled weights

@@ -235,9 +235,14 @@ class ReleaseSpec(Spec):
     model_name: str | None = Field(None, description="Registered model's name; the federation's name when left out")
     exports: tuple[ExportName, ...] = Field(
         ("adapter", "merged"),
-        description="Formats written; `merged` is what is registered, int8 and nf4 are the merged model quantized, "
+        description="Formats written, of which `registered` names one; int8 and nf4 are the merged model quantized, "
         "`nf4+adapter` is the quantized base with the adapter beside it, `gguf-f16` and `gguf-q8_0` are for llama.cpp "
         "(causal-lm), `auto` adds for every edge the best that its memory holds",
+    )
+    registered: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="Export that becomes the registered version: `merged`, which is whole and is served anywhere, or "
+        "`adapter`, which is small and names its base by id and hash; the base has to be where it is served",
     )
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Number format of the merged model")
     metric: Metric | None = Field(
@@ -266,12 +271,11 @@ class ReleaseSpec(Spec):
         0.05, ge=0, description="Largest relative rise of an export's loss over the unquantized merged model's"
     )
 
-    @field_validator("exports")
-    @classmethod
-    def _merged_is_written(cls, exports: tuple[str, ...]) -> tuple[str, ...]:
-        if "merged" not in exports:
-            raise ValueError("`merged` is missing, the form that is judged and registered; add it")
-        return exports
+    @model_validator(mode="after")
+    def _what_is_registered_is_written(self) -> "ReleaseSpec":
+        if self.registered not in self.exports:
+            raise ValueError(f"exports lacks `{self.registered}`, the form that is registered; add it")
+        return self
 
 
 class TrackingSpec(Spec):

@@ -7,6 +7,7 @@ user reads it back, so that what is judged is what was written.
 
 import copy
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from fedpipe_core.adapters import Adapter
+from fedpipe_core.base_folder import BASE_FILE
 from fedpipe_core.merged_weights import MergedWeights, write_weights
 from fedpipe_core.model import Base, auto_class, head_modules, predicts_tokens, share
 
@@ -26,13 +28,17 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, eq=False)
 class TunedModel:
-    """A dense base, the global adapter for it, and how the merged model is written."""
+    """A dense base, the global adapter for it, and how the merged model is written.
+
+    `base_id` is what the config calls the base; its folder when left out.
+    """
 
     base: Base
     adapter: Adapter
     dtype: str
     label_names: list[str] | None
     chat_template: str | None = None
+    base_id: str | None = None
 
     @property
     def task(self) -> str:
@@ -105,7 +111,21 @@ def _write_adapter(tuned: TunedModel, folder: Path) -> None:
             saved = model.base_model.model.get_submodule(module).modules_to_save["default"]
             getattr(saved, leaf).copy_(value)
     model.save_pretrained(folder)
+    (folder / BASE_FILE).write_text(json.dumps(_base_reference(tuned), indent=1) + "\n", encoding="utf-8")
     write_tokenizer(tuned, folder)
+
+
+def _base_reference(tuned: TunedModel) -> dict[str, Any]:
+    """The base by id and hash, and what its config has to say for the adapter to fit."""
+    config: Any = tuned.base.model.config
+    names = tuned.label_names or (None if tuned.task == "causal-lm" else [*config.id2label.values()])
+    labels = {} if names is None else {"num_labels": len(names), "id2label": dict(enumerate(names))}
+    return {
+        "base": tuned.base_id or str(tuned.base.folder),
+        "sha256": tuned.base.sha256,
+        "architectures": [type(tuned.base.model).__name__],
+        "config": {**labels, "pad_token_id": config.get_text_config().pad_token_id},
+    }
 
 
 def _load_adapter(tuned: TunedModel, folder: Path) -> nn.Module:

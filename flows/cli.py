@@ -139,7 +139,7 @@ def release(
             from flows.release import release_model
 
         report = release_model(run_name, store)
-        _print(report.model_dump(mode="json"), as_json, lambda found: json.dumps(found, indent=2))
+        _print(report.model_dump(mode="json") if report else {}, as_json, lambda found: json.dumps(found, indent=2))
 
 
 @app.command()

@@ -3,9 +3,8 @@
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
-from prefect import flow
+from prefect import flow, runtime
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from fedpipe_core.config import FederationConfig
@@ -14,26 +13,37 @@ from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.export_choice import choose_exports
 from fedpipe_core.schemas import ExportRecord, FederationRecord, ReleaseReport, RoundRecord
 from flows.deployed import require_lasting_store
-from tasks import progress, release, tracking
+from tasks import progress, release, reports, tracking
 from tasks.federation import Coordinator, evaluate, read_profiles
 from tasks.lineage import needed_record, stored_config
 from tasks.records import RunKeys, get_record
+from tasks.status import unreleased_runs
 from tasks.storage import open_store
 from tasks.tracking import TrackedRun
 
 MIB = 2**20
 
 
-@flow(name="release_model", flow_run_name="release {run}")
-def release_model(run: str, store: str = ".fedpipe/store", baseline: dict[str, float] | None = None) -> ReleaseReport:
-    """Export, register and perhaps promote the model of a finished run.
+def _title() -> str:
+    return f"release {runtime.flow_run.parameters['run'] or 'what waits'}"
+
+
+@flow(name="release_model", flow_run_name=_title)
+def release_model(
+    run: str | None = None, store: str = ".fedpipe/store", baseline: dict[str, float] | None = None
+) -> ReleaseReport | None:
+    """Export, register and perhaps promote the model of a finished run; the last report where several were released.
 
     Args:
-        run: Name of the run.
+        run: Name of the run; every run whose rounds are done and that was not released yet when left out.
         store: Object store that holds the run: a folder or s3://bucket/prefix.
         baseline: Metrics before training; measured when left out.
     """
     require_lasting_store(store)
+    if run is None:
+        waiting = unreleased_runs(store)
+        progress.note(f"runs that wait for their release in {store}: {', '.join(waiting) or 'none'}")
+        return [None, *(release_model(name, store) for name in waiting)][-1]
     coordinator = _coordinator(run, store)
     before = baseline or metrics_of(evaluate(coordinator, 1, whole=True))
     step = release.Release(coordinator, functools.partial(track, coordinator), before)
@@ -41,7 +51,7 @@ def release_model(run: str, store: str = ".fedpipe/store", baseline: dict[str, f
         chosen = choose_exports(coordinator.config.release, coordinator.shape, read_profiles(coordinator))
         exports = [release.export(step, scheme, edges) for scheme, edges in chosen.items()]
         report = _registered(step, exports)
-    create_table_artifact(gate_rows(report), key="gate", description=f"Gate of {run}")
+    create_table_artifact(reports.gate_rows(report), key="gate", description=f"Gate of {run}")
     create_markdown_artifact(_summary(report), key="release", description=f"Release of {run}")
     return report
 
@@ -58,24 +68,6 @@ def _registered(step: release.Release, exports: list[ExportRecord]) -> ReleaseRe
             f"{error}; the exports are kept in {root}/{run}/release/, and `fedpipe release {run}` registers them later"
         ) from None
     return report
-
-
-def gate_rows(report: ReleaseReport) -> list[dict[str, Any]]:
-    """The gate's checks as a table; one row with the reason where nothing had to be checked."""
-    decision = report.model.decision
-    if not decision.checks:
-        reason = "; ".join(decision.reasons)
-        return [{"check": "none", "number": "", "threshold": "", "verdict": "unchanged", "in words": reason}]
-    return [
-        {
-            "check": check.name,
-            "number": round(check.value, 6),
-            "threshold": "" if check.threshold is None else check.threshold,
-            "verdict": "passed" if check.passed else "failed",
-            "in words": check.reason,
-        }
-        for check in decision.checks
-    ]
 
 
 def track(coordinator: Coordinator) -> TrackedRun:

@@ -75,10 +75,11 @@ def _short(path: Path) -> str:
 def _release_lines(result: RunResult) -> list[str]:
     if result.model is None:
         return [f"model      not released; `fedpipe release {result.run} --store {result.store}` does it"]
-    merged = next(export for export in result.exports if export.scheme == "merged")
+    written = {export.scheme: export.path for export in result.exports}
+    path = written.get("merged") or written["adapter"]  # one of them is registered
     verdict = "promoted to champion" if result.model.decision.promoted else "not promoted"
     return [
-        f"model      {merged.path if '://' in merged.path else _short(Path(merged.path))}",
+        f"model      {path if '://' in path else _short(Path(path))}",
         f"registered {result.model.name} version {result.model.version}, {verdict}",
         *(f"           {reason}" for reason in result.model.decision.reasons),
     ]

@@ -16,6 +16,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from safetensors import SafetensorError
 
+from fedpipe_core.base_folder import BASE_FILE
 from fedpipe_core.dialogues import chat_template
 from fedpipe_core.errors import ReleaseError
 from fedpipe_core.evaluation import metrics_of
@@ -44,9 +45,8 @@ from tasks.plans import plan_at
 from tasks.records import get_data_file, put_data_file, put_record
 from tasks.registry import ModelVersion
 from tasks.report import read_facts
+from tasks.reports import gate_rows
 from tasks.tracking import TrackedRun
-
-REGISTERED = "merged"  # the export that becomes the version
 
 
 class Release:
@@ -100,6 +100,11 @@ class Release:
         config = self.coordinator.config
         return config.release.model_name or config.name
 
+    @property
+    def registered(self) -> str:
+        """The export that becomes the version."""
+        return self.coordinator.config.release.registered
+
     def folder(self, scheme: str) -> Path:
         """Where an export lies before it goes to the store."""
         return Path(self.written.name) / scheme
@@ -116,7 +121,8 @@ class Release:
         coordinator = self.coordinator
         _, adapter = read_global(coordinator.store, coordinator.keys, coordinator.config.rounds + 1)
         config, template = coordinator.config, chat_template(coordinator.config.data)
-        return TunedModel(coordinator.base, adapter, config.release.dtype, coordinator.label_names, template)
+        dtype, names = config.release.dtype, coordinator.label_names
+        return TunedModel(coordinator.base, adapter, dtype, names, template, config.model.base)
 
 
 def check_exports(coordinator: Coordinator) -> None:
@@ -130,14 +136,14 @@ def check_exports(coordinator: Coordinator) -> None:
 def export(release: Release, scheme: str, edges: Sequence[str] = ()) -> ExportRecord:
     """Write one export, have it reloaded and judged in a fresh process, and copy it to the store if it holds its loss.
 
-    Raises ReleaseError when the merged model, which is what would be registered, cannot be used or does not.
+    Raises ReleaseError when the one that would be registered cannot be used or does not.
     """
     coordinator, folder, started = release.coordinator, release.folder(scheme), time.perf_counter()
     with progress.working("coordinator", f"export {scheme}"):
         _write(release, scheme, folder)
         verdict = release.judge.judge(scheme, folder)
         check, metrics = _loss_verdict(release, scheme, verdict)
-        if scheme == REGISTERED and not check.passed:
+        if scheme == release.registered and not check.passed:
             raise ReleaseError(f"{check.reason}; nothing is registered")
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         for path in files if check.passed else ():
@@ -186,15 +192,16 @@ def _loss_verdict(release: Release, scheme: str, verdict: Verdict) -> tuple[Chec
 
 @task(task_run_name="register", cache_policy=NO_CACHE)
 def register(release: Release, exports: list[ExportRecord]) -> ModelVersion:
-    """Register the merged model with its card and its answers on the held-out set; log the other exports beside it."""
+    """Register the model with its card and its answers on the held-out set; log the other exports beside it."""
     with progress.working("coordinator", "register"):
         card = _card(release, exports)
-        tracking.save_predictions(release.tracked, release.predictions[REGISTERED])
+        tracking.save_predictions(release.tracked, release.predictions[release.registered])
         for entry in exports:
             tracking.log_metrics(release.tracked, _tracked_numbers(entry))
-            if entry.scheme != REGISTERED and entry.kept:  # the version itself holds the merged model
+            if entry.scheme != release.registered and entry.kept:  # the version itself holds that one
                 tracking.log_folder(release.tracked, release.folder(entry.scheme), entry.scheme)
-        return registry.register_model(release.tracked, release.name, release.folder(REGISTERED), _tags(release), card)
+        files, tags = release.folder(release.registered), _tags(release)
+        return registry.register_model(release.tracked, release.name, files, tags, card)
 
 
 def _tracked_numbers(entry: ExportRecord) -> dict[str, float]:
@@ -247,6 +254,8 @@ def publish(release: Release, report: ReleaseReport) -> None:
     """Keep what a release came to beside its exports, and the run's page in MLflow."""
     coordinator = release.coordinator
     coordinator.store.put(coordinator.keys.release("report.json"), report.model_dump_json(indent=1).encode())
+    rows = [{"version": report.model.version, **row} for row in gate_rows(report)]
+    tracking.log_table(release.tracked, rows, "release/gate.json")
     page = render_page(read_facts(coordinator.store, coordinator.keys))
     tracking.log_text(release.tracked, page, "report.html")
 
@@ -264,7 +273,7 @@ def _gate(release: Release, challenger: ModelVersion, champion: ModelVersion | N
 
 def _answers(release: Release, version: ModelVersion) -> Answers:
     """A version's answers on the held-out set: kept with it, or else made again from its model."""
-    mine = release.predictions[REGISTERED]
+    mine = release.predictions[release.registered]
     if version.adapter_sha256 == release.adapter_sha256:
         return mine
     kept = tracking.load_predictions(version.uri, version.run_id, mine.evaluation_sha256)
@@ -275,7 +284,13 @@ def _evaluate_version(release: Release, version: ModelVersion) -> Answers:
     coordinator = release.coordinator
     with TemporaryDirectory() as folder:
         files = registry.fetch_model(version, Path(folder))
-        model = SCHEMES[REGISTERED].load(release.tuned, files)
+        kind = "adapter" if (files / BASE_FILE).is_file() else "merged"
+        if kind == "adapter" and version.tags.get(registry.BASE_TAG) != coordinator.base.sha256:
+            raise ReleaseError(
+                f"version {version.version} of {version.name} is an adapter for another base, so it cannot be judged "
+                "here; register with release.registered: merged, or under another release.model_name"
+            )
+        model = SCHEMES[kind].load(release.tuned, files)
         return coordinator.judge(model)
 
 
@@ -295,7 +310,7 @@ def _tags(release: Release) -> dict[str, str]:
 
 def _card(release: Release, exports: list[ExportRecord]) -> str:
     coordinator = release.coordinator
-    keys, config, answers = coordinator.keys, coordinator.config, release.predictions[REGISTERED]
+    keys, config, answers = coordinator.keys, coordinator.config, release.predictions[release.registered]
     rounds = [
         needed_record(coordinator.store, keys.round_record(index + 1), RoundRecord) for index in range(config.rounds)
     ]

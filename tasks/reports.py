@@ -227,3 +227,21 @@ def _rank_map(plan: FederationPlan) -> "Figure":
     shown = "" if len(edges) == len(plan.edges) else f", first {len(edges)} of {len(plan.edges)} edges"
     axes.set_title(f"rank of every module{shown}")
     return figure
+
+
+def gate_rows(report: ReleaseReport) -> list[dict[str, Any]]:
+    """The gate's checks as a table; one row with the reason where nothing had to be checked."""
+    decision = report.model.decision
+    if not decision.checks:
+        reason = "; ".join(decision.reasons)
+        return [{"check": "none", "number": "", "threshold": "", "verdict": "unchanged", "in words": reason}]
+    return [
+        {
+            "check": check.name,
+            "number": round(check.value, 6),
+            "threshold": "" if check.threshold is None else check.threshold,
+            "verdict": "passed" if check.passed else "failed",
+            "in words": check.reason,
+        }
+        for check in decision.checks
+    ]

@@ -5,13 +5,26 @@ from typing import Any
 from fedpipe_core.errors import ConfigError
 from fedpipe_core.schemas import FederationRecord, RunResult
 from tasks.records import RunKeys, closed_rounds, get_record, recorded_edges
-from tasks.storage import open_store
+from tasks.storage import ObjectStore, open_store
 
 
 def list_runs(root: str) -> list[str]:
     """Names of the runs in a store, sorted."""
     keys = open_store(root, write=False).list()
     return sorted({key.split("/")[0] for key in keys if key.endswith("/federation.json")})
+
+
+def unreleased_runs(root: str) -> list[str]:
+    """Names of the runs whose rounds are all closed and that have no release, sorted."""
+    store = open_store(root, write=False)
+    return [run for run in list_runs(root) if _waits_for_release(store, RunKeys(run))]
+
+
+def _waits_for_release(store: ObjectStore, keys: RunKeys) -> bool:
+    record = get_record(store, keys.federation, FederationRecord)
+    rounds = record.config.get("rounds") if record else None
+    done = rounds is not None and len(closed_rounds(store, keys)) == rounds
+    return done and not store.exists(keys.release("report.json"))
 
 
 def describe_run(root: str, run: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedpipe_core.base_folder import BASE_FILE
 from fedpipe_core.config import TrackingSpec
 from fedpipe_core.errors import IntegrityError, ReleaseError, TrackingError
 from fedpipe_core.predictions import Answers
@@ -36,7 +37,7 @@ RUN_TAG = "fedpipe.run"
 STORE_TAG = "fedpipe.store"
 EDGE_TAG = "fedpipe.edge"
 _SQLITE = "sqlite:///"
-_CLASSIFIER_CODE, _GENERATOR_CODE = (Path(__file__).with_name(f"serving_{kind}.py") for kind in ("model", "generator"))
+_SERVING_CODE = Path(__file__).with_name("serving_model.py")
 _SERVING_PACKAGES = ("mlflow", "torch", "transformers", "safetensors")
 _PARAMS_PER_CALL = 100  # MLflow's limits of one batch
 _METRICS_PER_CALL = 1000
@@ -155,6 +156,13 @@ def log_text(run: TrackedRun, text: str, path: str) -> None:
         connect(run.uri).log_text(run.run_id, text, path)
 
 
+def log_table(run: TrackedRun, rows: Sequence[Mapping[str, object]], path: str) -> None:
+    """Keep rows with equal keys as artifact `path` (.json), which the UI shows as a table; a later call adds rows."""
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    with speaking_to(run.uri):
+        connect(run.uri).log_table(run.run_id, columns, path)
+
+
 def log_figure(run: TrackedRun, figure: "Figure", path: str) -> None:
     """Keep a matplotlib figure as artifact `path` (.png, .svg or .html) of the run."""
     with speaking_to(run.uri):
@@ -211,12 +219,12 @@ class LoggedModel:
 
 
 def log_model(run: TrackedRun, name: str, model_folder: Path, card: str) -> LoggedModel:
-    """Log a merged model as a python-function model that needs no code of ours.
+    """Log a merged model, or an adapter that names its base, as a python-function model that needs no code of ours.
 
     The serving code travels as text; requirements are the installed versions of what it imports; the card is README.md.
     Raises ReleaseError when the folder holds no model.
     """
-    if not (model_folder / "config.json").is_file():
+    if not any((model_folder / name).is_file() for name in ("config.json", BASE_FILE)):
         raise ReleaseError(
             f"{model_folder} holds no config.json; a model to register is a folder in Hugging Face format"
         )
@@ -356,18 +364,20 @@ def _write_model_files(files: Path, model_folder: Path, logged: Any, run_id: str
     from mlflow.models import Model
     from mlflow.pyfunc import save_model
 
-    architectures = json.loads((model_folder / "config.json").read_text(encoding="utf-8")).get("architectures", [])
+    is_adapter = (model_folder / BASE_FILE).is_file()
+    described = model_folder / (BASE_FILE if is_adapter else "config.json")
+    architectures = json.loads(described.read_text(encoding="utf-8")).get("architectures", [])
     classifies = any(str(name).endswith("ForSequenceClassification") for name in architectures)
     save_model(
         files,
         mlflow_model=Model(
             artifact_path=logged.artifact_location, model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id
         ),
-        python_model=str(_CLASSIFIER_CODE if classifies else _GENERATOR_CODE),
+        python_model=str(_SERVING_CODE),
         artifacts={"model": str(model_folder)},
         signature=_signature(classifies),
         input_example=["where is my parcel", "set a timer for ten minutes"],
-        pip_requirements=serving_requirements(),
+        pip_requirements=serving_requirements(is_adapter),
     )
 
 
@@ -394,9 +404,10 @@ def _upload_model(client: Any, model_id: str, files: Path) -> None:
     client.finalize_logged_model(model_id, "READY")
 
 
-def serving_requirements() -> list[str]:
+def serving_requirements(is_adapter: bool) -> list[str]:
     """Return what a server has to install, pinned to what is installed here without build suffixes like `+cpu`."""
-    return [f"{name}=={installed_version(name).partition('+')[0]}" for name in _SERVING_PACKAGES]
+    packages = (*_SERVING_PACKAGES, "peft") if is_adapter else _SERVING_PACKAGES
+    return [f"{name}=={installed_version(name).partition('+')[0]}" for name in packages]
 
 
 def fetch_files(uri: str, location: str, folder: Path) -> Path:

@@ -13,7 +13,7 @@ from tiny_federation import write_federation
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.config_file import load_config, parse_config
-from fedpipe_core.schemas import RunResult
+from fedpipe_core.schemas import ReleaseReport, RunResult
 from flows.deployed import read_config
 
 pytestmark = pytest.mark.slow
@@ -76,10 +76,13 @@ def ended(api: httpx.Client, created: httpx.Response, log: Path) -> dict[str, An
     return wait_for(look, RUN_SECONDS, "the flow run's end", log)
 
 
-def test_federation_is_scheduled_but_inactive_and_runs_one_at_a_time(api: httpx.Client) -> None:
-    found = deployment(api, "federated_finetune/intents")
+@pytest.mark.parametrize(
+    ("name", "cron"), [("federated_finetune/intents", "0 3 * * *"), ("release_model/any-run", "0 6 * * *")]
+)
+def test_flow_is_scheduled_but_inactive_and_runs_one_at_a_time(api: httpx.Client, name: str, cron: str) -> None:
+    found = deployment(api, name)
     (schedule,) = found["schedules"]
-    assert (schedule["schedule"]["cron"], schedule["active"]) == ("0 3 * * *", False)
+    assert (schedule["schedule"]["cron"], schedule["active"]) == (cron, False)
     assert found["global_concurrency_limit"]["limit"] == 1
     assert found["concurrency_options"]["collision_strategy"] == "ENQUEUE"
 
@@ -135,6 +138,21 @@ def test_run_started_as_the_ui_does_ends_with_a_promoted_model(
     result = RunResult.model_validate_json(path.read_bytes())
     assert result.model is not None
     assert (result.status, result.model.alias) == ("completed", "champion")
+
+
+def test_run_that_waits_is_released_as_the_schedule_does_and_then_nothing_waits(
+    api: httpx.Client, worker: Path, tiny: dict[str, Any]
+) -> None:
+    trained = {"config": tiny, "run": "waiting", "release": False}
+    assert ended(api, start(api, "federated_finetune/intents", trained), worker)["state"]["type"] == "COMPLETED"
+    report = Path(tiny["store"], "waiting", "release", "report.json")
+    assert not report.exists()
+    for _ in range(2):
+        flow_run = ended(api, start(api, "release_model/any-run", {"store": tiny["store"]}), worker)
+        assert flow_run["state"]["type"] == "COMPLETED", flow_run["state"]["message"]
+        assert flow_run["name"] == "release what waits"
+        found = ReleaseReport.model_validate_json(report.read_bytes())
+        assert (found.model.version, found.model.alias) == (1, "champion")
 
 
 def test_relative_paths_fail_the_run_with_words_that_name_them(

@@ -38,7 +38,7 @@ def test_smallest_config_is_accepted() -> None:
         ({"min_edges": 3}, "min_edges is 3 but only 2 edges are listed"),
         ({"data": {"train": "all.csv", "test": "t.csv", "labels": 2}}, "data.train is one file for all edges"),
         ({"data": {"train": "a", "test": "b", "labels": 1}}, "data.labels: .*greater than or equal to 2"),
-        ({"release": {"exports": ["adapter"]}}, "release.exports: `merged` is missing"),
+        ({"release": {"exports": ["adapter"]}}, "release: exports lacks `merged`, the form that is registered"),
         ({"model": {}}, "model.base: is required"),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate"),
     ],

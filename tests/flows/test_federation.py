@@ -169,6 +169,16 @@ def test_mlflow_holds_plots_adapter_folder_and_result(finished: FinishedRun) -> 
     assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} < kept
 
 
+def test_gate_is_a_table_in_mlflow(finished: FinishedRun) -> None:
+    run = finished.result["tracking"]
+    client = connect(run["uri"])
+    experiment = client.get_experiment_by_name(run["experiment"]).experiment_id
+    rows = client.load_table(experiment, "release/gate.json", [run["run_id"]])
+    checks = finished.result["model"]["decision"]["checks"]
+    assert list(rows["check"]) == [check["name"] for check in checks]
+    assert set(rows["verdict"]) == {"passed"}
+
+
 def test_registered_version_is_champion_and_knows_where_it_comes_from(finished: FinishedRun) -> None:
     model = finished.result["model"]
     assert (model["alias"], model["decision"]["promoted"]) == ("champion", True)

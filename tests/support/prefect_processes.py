@@ -53,10 +53,10 @@ def _database() -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def running(arguments: list[str], environment: dict[str, str], log: Path) -> Iterator[Path]:
-    """Run a command of Prefect's in the folder of its log until the block ends, and yield the log."""
+def running(arguments: list[str], environment: dict[str, str], log: Path, module: str = "prefect") -> Iterator[Path]:
+    """Run a command of Prefect's, or of another module, in its log's folder until the block ends; yield the log."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "prefect", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, env=environment, cwd=log.parent, stdin=subprocess.DEVNULL, stdout=output, stderr=output
