@@ -164,22 +164,26 @@ def test_edges_meet_their_coordinator_on_s3(
     assert outcome.document["adapter_sha256"] == undisturbed["adapter_sha256"]
 
 
+def start_as_the_ui_does(api: httpx.Client, federation: Path, name: str) -> str:
+    """Create a flow run of the coordinator's deployment and return its address."""
+    config = read_config(str(federation / "federation.yaml"))["config"]
+    deployment = ask(api, "GET", "/deployments/name/federated_finetune/intents").raise_for_status().json()["id"]
+    body = {"parameters": {"config": config, "run": name, "release": False}, "state": {"type": "SCHEDULED"}}
+    created = ask(api, "POST", f"/deployments/{deployment}/create_flow_run", body).raise_for_status()
+    return f"/flow_runs/{created.json()['id']}"
+
+
 def test_run_cancelled_in_the_ui_stops_every_edge_within_30_seconds(
     remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite]
 ) -> None:
-    config = read_config(str(federation / "federation.yaml"))["config"]
     with (
         worker_running(shlex.split(START_WORKER), remote_environment, federation / "coordinator.log"),
         httpx.Client(base_url=remote_environment["PREFECT_API_URL"], timeout=30) as api,
     ):
-        deployment = ask(api, "GET", "/deployments/name/federated_finetune/intents").json()["id"]
-        parameters = {"config": config, "run": "cancelled", "release": False}
-        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
-        created = ask(api, "POST", f"/deployments/{deployment}/create_flow_run", body).raise_for_status()
+        flow_run = start_as_the_ui_does(api, federation, "cancelled")
         wait_until(federation / "out/store/cancelled/rounds/0001/updates/west.json")
         served = edge_processes(sites)
-        cancelling = {"state": {"type": "CANCELLING"}}
-        ask(api, "POST", f"/flow_runs/{created.json()['id']}/set_state", cancelling).raise_for_status()
+        ask(api, "POST", f"{flow_run}/set_state", {"state": {"type": "CANCELLING"}}).raise_for_status()
         _, alive = psutil.wait_procs(served, timeout=30)
     assert not alive
 

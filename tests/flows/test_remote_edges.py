@@ -10,6 +10,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.deployments.runner import EntrypointType
 from prefect.logging import disable_run_logger
+from prefect.states import Failed, Pending
 from tiny_federation import EDGES, write_federation
 from tiny_steps import coordinator_at, prepare, sessions_of
 
@@ -20,7 +21,7 @@ from fedpipe_core.schemas import FailureRecord, FederationPlan
 from flows.edge import serve_edge
 from tasks import edge, remote_edges
 from tasks.federation import Coordinator, aggregate_round, round_updates
-from tasks.flow_runs import FLOW
+from tasks.flow_runs import FLOW, give_up_flow_run
 from tasks.leases import Heartbeat
 from tasks.records import get_record
 from tasks.remote_edges import RemoteEdge
@@ -147,6 +148,34 @@ def test_edge_that_dies_is_started_again_as_often_as_allowed(coordinator: Coordi
     assert state_of(first) == "CRASHED"
     assert "gave no sign of life for" in until_trouble(east)
     assert "and was started 2 times (remote.restarts is 1)" in until_trouble(east)
+
+
+def test_flow_run_that_died_before_it_served_is_started_again(east: RemoteEdge) -> None:
+    first = east._flow_run_id
+    give_up_flow_run(first, "Process exited with status code: -9")
+    assert east.trouble() is None
+    assert east._flow_run_id != first
+
+
+def test_flow_run_that_its_worker_lost_is_started_again(east: RemoteEdge) -> None:
+    first, deadline = east._flow_run_id, time.monotonic() + 20
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(UUID(first), Pending())
+    while east._flow_run_id == first:
+        assert time.monotonic() < deadline
+        assert east.trouble() is None
+    assert state_of(first) == "CRASHED"
+
+
+def test_flow_run_that_failed_before_it_served_is_named_at_once(
+    east: RemoteEdge,
+) -> None:
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(UUID(east._flow_run_id), Failed(message="edge.yaml is for west"), force=True)
+    reason = east.trouble()
+    assert reason is not None
+    assert reason.startswith("ended before it served: flow run 'east serves run-")
+    assert reason.endswith("is Failed (edge.yaml is for west)")
 
 
 def test_quorum_of_profiles_goes_on_without_the_others(coordinator: Coordinator, east: RemoteEdge) -> None:

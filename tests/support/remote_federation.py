@@ -3,9 +3,11 @@
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import yaml
 from prefect_processes import call, prefect_server, running
@@ -128,9 +130,15 @@ def edge_sites(
         for edge_id in edges:
             secrets = {"key": str(keys.path(edge_id)), "coordinator_key": keys.public["coordinator"]}
             config = write_edge_config(folder / "edges", edge_id, folder / f"{edge_id}.jsonl", **secrets)
-            # One place in the queue: a dead process that kept it would keep its successor out.
-            call(["work-queue", "create", edge_id, "--pool", POOL, "--limit", "1"], environment, folder)
+            _make_queue(environment, edge_id)
             sites[edge_id] = EdgeSite(environment, config, edge_id)
             stack.callback(sites[edge_id].close)
             sites[edge_id].start_worker()
         yield sites
+
+
+def _make_queue(environment: dict[str, str], edge_id: str) -> None:
+    """Make an edge's queue with one place, unless it is there: a dead process that kept it would keep others out."""
+    queues = f"{environment['PREFECT_API_URL']}/work_pools/{POOL}/queues"
+    answer = httpx.post(queues, json={"name": edge_id, "concurrency_limit": 1}, timeout=60)
+    assert answer.status_code in (HTTPStatus.CREATED, HTTPStatus.CONFLICT), answer.text

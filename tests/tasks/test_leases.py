@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+import pytest
+
 from fedpipe_core.schemas import LeaseRecord
 from tasks.leases import Heartbeat, LeaseWatch
 from tasks.local_store import LocalStore
@@ -65,3 +67,25 @@ def test_ended_lease_says_how_and_why_and_stays(tmp_path: Path) -> None:
     assert found is not None
     assert (found.ended, found.reason) == ("failed", "no rows")
     assert beats
+
+
+def test_after_an_outage_silence_is_counted_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.leases.LONGEST_PAUSE_SECONDS", LEASE_SECONDS)
+    store, watch = LocalStore(str(tmp_path)), LeaseWatch(LocalStore(str(tmp_path)), KEY, LEASE_SECONDS)
+    put_record(store, KEY, LeaseRecord(owner="me", beat=0))
+    wait(0.8 * LEASE_SECONDS, watch)
+    time.sleep(3 * LEASE_SECONDS)  # the store answers nobody, so the holder could not beat either
+    watch.look()
+    assert watch.silent_seconds == 0.0
+
+
+def test_farewell_of_a_former_holder_leaves_its_successors_lease(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    old, new = Heartbeat(store, KEY, "old", 10.0), Heartbeat(store, KEY, "new", 10.0)
+    old.start()
+    new.start()
+    old.end("orphaned")
+    found = get_record(store, KEY, LeaseRecord)
+    new.end("done")
+    assert found is not None
+    assert (found.owner, found.ended) == ("new", None)

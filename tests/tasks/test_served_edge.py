@@ -211,3 +211,43 @@ def test_memory_limit_of_the_edge_caps_what_it_reports(
     found = get_record(coordinator.store, coordinator.keys.profile("east"), EdgeProfile)
     assert found is not None
     assert found.memory_bytes == 123
+
+
+def test_failure_that_is_retried_is_not_told(
+    sessions: dict[str, EdgeSession], plan: FederationPlan, alive: Heartbeat
+) -> None:
+    for retried, ended in ((True, None), (False, "failed")):
+        with pytest.raises(ConfigError), ServedEdge(sessions["east"], "flow-run", retried):
+            raise ConfigError("no rows")
+        assert lease_of(sessions["east"]).ended == ended
+
+
+def test_farewell_of_an_older_flow_run_stops_nobody(
+    sessions: dict[str, EdgeSession], plan: FederationPlan, alive: Heartbeat
+) -> None:
+    session = sessions["east"]
+    with serving(session, "new") as served:
+        farewell = LeaseRecord(owner="old", beat=3, ended="orphaned")
+        session.store.put(session.keys.edge_lease("east"), farewell.model_dump_json().encode())
+        time.sleep(LEASE_SECONDS)
+        served.check()
+
+
+def test_update_of_another_process_of_the_edge_is_left_as_it_is(
+    coordinator: Coordinator, sessions: dict[str, EdgeSession], plan: FederationPlan, alive: Heartbeat
+) -> None:
+    store, keys, session = coordinator.store, coordinator.keys, sessions["east"]
+    twin = EdgeSession(coordinator.config, session.edge, store, keys)
+
+    def answer_first() -> None:
+        if not store.exists(keys.update_record(1, "east")):
+            edge.train_round.fn(twin, 1)
+            written.append(store.get(keys.update_record(1, "east")))
+
+    written: list[bytes] = []
+    session.check = answer_first
+    edge.train_round.fn(session, 1)
+    failure = get_record(store, keys.failure(1, "east"), FailureRecord)
+    assert failure is not None
+    assert failure.reason == "east: another process of this edge answered round 1 first"
+    assert [store.get(keys.update_record(1, "east"))] == written
