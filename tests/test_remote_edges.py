@@ -1,6 +1,8 @@
 """Edges on machines of their own: a Prefect server, workers and the command, all in processes of their own."""
 
+import json
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -198,3 +200,73 @@ def test_edge_that_never_appears_is_named_and_the_quorum_goes_on(
     assert outcome.exit_code == 0, outcome.stderr
     assert outcome.document["rounds"][0]["participants"] == ["east", "west"]
     assert "north is planned for when its profile comes: did not start within 40 s" in outcome.stderr
+
+
+def test_too_few_edges_fail_the_run_by_name_and_it_can_be_resumed(
+    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite], undisturbed: dict[str, Any]
+) -> None:
+    west, strict = sites["west"], ("--set", "min_edges=3", "--set", "remote.restarts=0")
+    store = federation / "out/store/few"
+    with running(remote_environment, federation, *run_arguments(federation, "few", *strict)) as process:
+        wait_until(store / "rounds/0002/updates/west.json", process)
+        assert west.kill_edge()
+        process.communicate(timeout=RUN_SECONDS)
+    assert process.returncode == 1
+    said = (federation / "stderr").read_text()
+    assert re.search(
+        r"round \d has 2 updates that count, min_edges is 3; west: .*; mend these edges and .*--resume", said
+    )
+    outcome = finish(remote_environment, federation, "few", "--resume", *strict)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.document["adapter_sha256"] == undisturbed["adapter_sha256"]
+
+
+def test_straggler_is_dropped_at_the_deadline_and_catches_up(
+    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite]
+) -> None:
+    store = federation / "out/store/slow"
+    patient = ("--set", "remote.grace_seconds=4", "--set", "remote.lease_seconds=40")
+    with running(remote_environment, federation, *run_arguments(federation, "slow", *patient)) as process:
+        wait_until(store / "plan.json", process)
+        (east,) = sites["east"].served()
+        east.suspend()
+        wait_until(store / "rounds/0002/global.json", process)
+        east.resume()
+        stdout, _ = process.communicate(timeout=RUN_SECONDS)
+    assert process.returncode == 0, (federation / "stderr").read_text()
+    rounds = json.loads(stdout)["rounds"]
+    assert re.fullmatch(r"late: no answer in \d+ s", rounds[0]["dropped"]["east"])
+    assert (rounds[0]["participants"], rounds[-1]["participants"]) == (["north", "west"], list(EDGES))
+
+
+def test_edge_joins_at_round_3_and_leaves_at_round_5_without_a_restart(
+    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite]
+) -> None:
+    store, changes = (
+        federation / "out/store/changing",
+        ("rounds=6", "remote.start_seconds=3", "remote.lease_seconds=60"),
+    )
+    more = [word for change in changes for word in ("--set", change)]
+    sites["west"].kill_worker()
+    with running(remote_environment, federation, *run_arguments(federation, "changing", *more)) as process:
+        wait_until(store / "rounds/0001/updates/east.json", process)
+        (east,) = sites["east"].served()
+        east.suspend()  # so that round 2 is open until west has come
+        sites["west"].start_worker()
+        wait_until(store / "profiles/west.json", process)
+        east.resume()
+        wait_until(store / "rounds/0004/updates/west.json", process)
+        (west,) = sites["west"].served()
+        west.suspend()
+        west.terminate()
+        west.resume()
+        stdout, _ = process.communicate(timeout=RUN_SECONDS)
+    said = (federation / "stderr").read_text()
+    assert process.returncode == 0, said
+    rounds = json.loads(stdout)["rounds"]
+    assert [entry["participants"] for entry in rounds[:4]] == [["east", "north"]] * 2 + [list(EDGES)] * 2
+    assert [entry["participants"] for entry in rounds[4:]] == [["east", "north"]] * 2
+    assert rounds[4]["dropped"]["west"].startswith("left")
+    assert "west joins in round 3" in said
+    assert "started again" not in said
+    assert not (store / "plans/0004.json").exists()
