@@ -253,6 +253,8 @@ def test_the_geometric_median_depends_on_products_and_not_on_the_basis_of_their_
             rotation = torch.linalg.qr(torch.randn(f.rank, f.rank, generator=generator))[0]
             factors[module] = LowRank(f.B @ rotation, rotation.T @ f.A)
         turned.append(replace(update, trained=Adapter(factors, update.trained.head)))
-    weights = aggregate(previous, turned, spec).weights
-    for edge, weight in aggregate(previous, updates, spec).weights.items():
-        assert weights[edge] == pytest.approx(weight, rel=1e-2)
+    found, expected = (aggregate(previous, given, spec).adapter for given in (turned, updates))
+    # Where an update lies on the median its weight is a quotient of two small numbers; what it comes to is not.
+    for module, factors in expected.factors.items():
+        reach = max(float(u.trained.factors[module].dense().norm()) for u in updates if module in u.trained.factors)
+        assert float((found.factors[module].dense() - factors.dense()).norm()) < 1e-2 * reach

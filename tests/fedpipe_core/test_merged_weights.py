@@ -1,3 +1,4 @@
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +27,8 @@ def adapter_for(model: nn.Module) -> Adapter:
 
 def in_memory(base: Base, adapter: Adapter, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The merge of the whole model, which the rounds are judged on, in the format of the release."""
-    return dict(merge(base.model, adapter).to(dtype).state_dict())
+    merged = copy.deepcopy(merge(base.model, adapter))  # it shares its tensors with the base
+    return dict(merged.to(dtype).state_dict())
 
 
 def outline(base: Base) -> Base:
