@@ -85,8 +85,8 @@ def gate_section(facts: ReportFacts) -> str:
     body = table(head, rows, numbers=(1, 2)) if rows else reasons
     return section(
         "Gate",
-        "Challenger against champion on the same held-out examples; a version becomes champion when no check fails. The "
-        "limit on an export's loss decides on that export alone.",
+        "Challenger against champion on the same held-out examples; a version becomes champion when no check fails. "
+        "The limit on an export's loss decides on that export alone.",
         f'<div class="card">{body}</div>',
     )
 
