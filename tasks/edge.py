@@ -117,6 +117,11 @@ class EdgeSession:
         """Whether there is a plan that has this edge."""
         return self._find_plan() is not None
 
+    def is_ready(self, round_index: int) -> bool:
+        """Whether the plan of a round that has an adapter is there as well; sizes that change have one every round."""
+        tries = METHODS[self.config.method].trials and round_index > 1
+        return not tries or self.store.exists(self.keys.joined_plan(round_index))
+
     def begin_round(self, round_index: int) -> None:
         """Take over the plan that holds in a round, where sizes change: one of other ranks takes a new model."""
         if not METHODS[self.config.method].trials:

@@ -53,7 +53,7 @@ def plan_round(coordinator: Coordinator, round_index: int) -> FederationPlan:
         progress.note(f"{edge_id} joins in round {round_index}")
     if tries:
         joined = _with_trial(coordinator, joined, round_index)
-    if joined != plan:
+    if tries or joined is not plan:
         put_record(store, keys.joined_plan(round_index), joined, coordinator.signing_key)
     return joined
 

@@ -101,7 +101,7 @@ class ServedEdge:
         if self._complete or index > self.session.config.rounds:
             return 0
         self._open_round = index
-        if index in (0, self._answered_round):
+        if index in (0, self._answered_round) or not self.session.is_ready(index):
             return None
         edge_id = self.session.edge_id
         if store.exists(keys.update_record(index, edge_id)):

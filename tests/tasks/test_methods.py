@@ -99,6 +99,21 @@ def test_bottlenecks_grow_by_trials_whose_plans_are_kept(method_config: Federati
 
 
 @pytest.mark.usefixtures("run_logger_off")
+@pytest.mark.parametrize("method_config", ["fedadapter"], indirect=True)
+def test_an_edge_waits_for_the_sizes_of_its_round(method_config: FederationConfig, tmp_path: Path) -> None:
+    coordinator = coordinator_at(method_config, tmp_path)
+    sessions = sessions_of(coordinator)
+    plan = prepare(coordinator, sessions)
+    for session in sessions.values():
+        edge.train_round.fn(session, 1)
+    federation.aggregate_round.fn(coordinator, plan, 1)
+    assert sessions["east"].is_ready(1)
+    assert not sessions["east"].is_ready(2)
+    plans.plan_round(coordinator, 2)
+    assert sessions["east"].is_ready(2)
+
+
+@pytest.mark.usefixtures("run_logger_off")
 @pytest.mark.parametrize("method_config", ["full", "fedadapter"], indirect=True)
 def test_an_edge_that_does_not_hold_the_method_is_left_out_of_every_round(
     method_config: FederationConfig, tmp_path: Path
