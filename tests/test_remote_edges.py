@@ -190,21 +190,6 @@ def test_run_cancelled_in_the_ui_stops_every_edge_within_30_seconds(
     assert not alive
 
 
-def test_coordinator_that_died_with_its_worker_keeps_no_other_run_waiting_for_long(
-    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite]
-) -> None:
-    """One federation at a time: Prefect takes the place of a dead one back when its lease of 30 s expires."""
-    start_worker, log = shlex.split(START_WORKER), federation / "coordinator.log"
-    with httpx.Client(base_url=remote_environment["PREFECT_API_URL"], timeout=30) as api:
-        with worker_running(start_worker, remote_environment, log):
-            start_as_the_ui_does(api, federation, "abandoned")
-            wait_until(federation / "out/store/abandoned/rounds/0001/global.json")
-        assert not (federation / "out/store/abandoned/result.json").exists()
-        with worker_running(start_worker, remote_environment, log):
-            start_as_the_ui_does(api, federation, "next")
-            wait_until(federation / "out/store/next/result.json")
-
-
 def test_edge_that_never_appears_is_named_and_the_quorum_goes_on(
     remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite], keys: Keys
 ) -> None:
@@ -252,36 +237,3 @@ def test_straggler_is_dropped_at_the_deadline_and_catches_up(
     rounds = json.loads(stdout)["rounds"]
     assert re.fullmatch(r"late: no answer in \d+ s", rounds[0]["dropped"]["east"])
     assert (rounds[0]["participants"], rounds[-1]["participants"]) == (["north", "west"], list(EDGES))
-
-
-def test_edge_joins_at_round_3_and_leaves_at_round_5_without_a_restart(
-    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite]
-) -> None:
-    store, changes = (
-        federation / "out/store/changing",
-        ("rounds=6", "remote.start_seconds=3", "remote.lease_seconds=60"),
-    )
-    more = [word for change in changes for word in ("--set", change)]
-    sites["west"].kill_worker()
-    with running(remote_environment, federation, *run_arguments(federation, "changing", *more)) as process:
-        wait_until(store / "rounds/0001/updates/east.json", process)
-        (east,) = sites["east"].served()
-        east.suspend()  # so that round 2 is open until west has come
-        sites["west"].start_worker()
-        wait_until(store / "profiles/west.json", process)
-        east.resume()
-        wait_until(store / "rounds/0004/updates/west.json", process)
-        (west,) = sites["west"].served()
-        west.suspend()
-        west.terminate()
-        west.resume()
-        stdout, _ = process.communicate(timeout=RUN_SECONDS)
-    said = (federation / "stderr").read_text()
-    assert process.returncode == 0, said
-    rounds = json.loads(stdout)["rounds"]
-    assert [entry["participants"] for entry in rounds[:4]] == [["east", "north"]] * 2 + [list(EDGES)] * 2
-    assert [entry["participants"] for entry in rounds[4:]] == [["east", "north"]] * 2
-    assert rounds[4]["dropped"]["west"].startswith("left")
-    assert "west joins in round 3" in said
-    assert "started again" not in said
-    assert not (store / "plans/0004.json").exists()
