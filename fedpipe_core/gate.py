@@ -80,7 +80,7 @@ def loss_check(export: str, loss: float, merged_loss: float, spec: ReleaseSpec) 
         value=increase,
         threshold=spec.max_loss_increase,
         passed=passed,
-        reason=f"export {export} has loss {loss:.4f} against {merged_loss:.4f} unquantized, {increase:+.1%}; "
+        reason=f"export {export} has loss {loss:.4f} against {merged_loss:.4f} unquantized, {increase:+z.1%}; "
         f"{'within' if passed else 'beyond'} the allowed {spec.max_loss_increase:+.1%}",
     )
 

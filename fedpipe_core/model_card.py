@@ -194,7 +194,7 @@ def _export_row(export: ExportRecord, names: Sequence[str]) -> tuple[object, ...
         export.scheme,
         f"{export.bytes / _MIB:.2f}",
         *(_number(export.metrics.get(name)) for name in names),
-        "–" if export.loss_increase is None else f"{export.loss_increase:+.2%}",
+        "–" if export.loss_increase is None else f"{export.loss_increase:+z.2%}",
         "–" if export.agreement is None else f"{export.agreement:.2%}",
         f"{export.load_seconds:.1f}",
         "–" if latency is None else f"×{latency.ratio:.2f} ({latency.ratio_low:.2f} to {latency.ratio_high:.2f})",

@@ -56,7 +56,7 @@ def _export_row(export: ExportRecord, names: list[str]) -> list[object]:
         export.scheme,
         size(export.bytes),
         *(f"{export.metrics[name]:.4f}" if name in export.metrics else "–" for name in names),
-        "–" if export.loss_increase is None else f"{export.loss_increase:+.2%}",
+        "–" if export.loss_increase is None else f"{export.loss_increase:+z.2%}",
         "–" if export.agreement is None else f"{export.agreement:.2%}",
         f"{export.load_seconds:.1f} s" if export.load_seconds else "–",
         "–" if latency is None else f"×{latency.ratio:.2f} ({latency.ratio_low:.2f}–{latency.ratio_high:.2f})",
@@ -73,7 +73,7 @@ def gate_section(facts: ReportFacts) -> str:
     rows = [
         (
             check.name,
-            f"{check.value:.4f}",
+            f"{check.value:z.4f}",
             "–" if check.threshold is None else f"{check.threshold:g}",
             Cell("passed", "good") if check.passed else Cell("failed", "bad"),
             check.reason,
@@ -85,7 +85,8 @@ def gate_section(facts: ReportFacts) -> str:
     body = table(head, rows, numbers=(1, 2)) if rows else reasons
     return section(
         "Gate",
-        "Challenger against champion on the same held-out examples; a version becomes champion when no check fails.",
+        "Challenger against champion on the same held-out examples; a version becomes champion when no check fails. The "
+        "limit on an export's loss decides on that export alone.",
         f'<div class="card">{body}</div>',
     )
 

@@ -50,10 +50,10 @@ class Scale:
 
 
 def tick_step(span: float, wanted: int) -> float:
-    """The step of 1, 2, 2.5 or 5 times a power of ten that divides `span` into about `wanted` parts, a fifth more at most."""
+    """The step of 1, 2, 2.5 or 5 times a power of ten that divides `span` into about `wanted` parts, or a tenth more."""
     raw = max(span, 1e-12) / wanted
     power = 10.0 ** math.floor(math.log10(raw))
-    return float(next(factor * power for factor in (1, 2, 2.5, 5, 10) if raw <= factor * power * 1.2))
+    return float(next(factor * power for factor in (1, 2, 2.5, 5, 10) if raw <= factor * power * 1.1))
 
 
 def padded(values: Sequence[float], share: float = 0.06) -> tuple[float, float]:
