@@ -92,6 +92,7 @@ def measure(chosen: Sequence[Configuration]) -> list[dict[str, Any]]:
 
 
 def _with_errors(row: dict[str, Any]) -> dict[str, Any]:
+    del row["folder"]  # a temporary one
     row["memory_error"] = row["predicted_peak_bytes"] / row["measured_peak_bytes"] - 1
     row["time_error"] = row["predicted_step_seconds"] / row["measured_step_seconds"] - 1
     print(" ".join(as_line(row)), file=sys.stderr, flush=True)
