@@ -1,4 +1,4 @@
-"""A large language model on one GPU: speed beside a plain loop, memory beside the prediction, and the round's rest.
+"""A large language model on one GPU: speed beside a plain loop, prediction beside measurement, and the round's rest.
 
 Trains a randomly initialised Llama of 8 B parameters at NF4, LoRA of rank 16 on every projection, sequences of 1,024
 tokens, gradient checkpointing, bfloat16. The plain loop is what one writes with PEFT and bitsandbytes alone: the same
@@ -30,14 +30,14 @@ from fedpipe_core.costs import CostModel, Work
 from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter, read_adapter
 from fedpipe_core.memory import held_bytes
 from fedpipe_core.model import quiet_transformers, share
-from fedpipe_core.resources import measured_activation_cost
-from fedpipe_core.schemas import EdgeProfile, StepCost
+from fedpipe_core.resources import measured_activation_cost, measured_step_cost
+from fedpipe_core.schemas import EdgeProfile
 from fedpipe_core.training import train
 from fedpipe_core.wire import decode_adapter, encode_adapter
 from fedpipe_core.wire_updates import decode_update, encode_update
 
 RANK = 16
-COUNTED_ROWS = (1, 2)
+PROBED_ROWS = (1, 2)
 SPEC = TrainingSpec(learning_rate=1e-4, warmup_steps=0)
 LEAST_SPEED, MOST_MEMORY_ERROR, MOST_REST = 0.95, 0.15, 0.05
 GIB = 2**30
@@ -139,9 +139,9 @@ def largest_growth_bytes(action: Callable[[], Any]) -> int:
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-def predicted_peak_bytes(job: Job) -> int:
-    """What the planner foresees, from the bytes that two small batches keep."""
-    shape = model_shape(job.model, None)
+def predicted(job: Job) -> tuple[int, float]:
+    """Peak bytes and seconds of a step that the planner foresees, from what it measures on two small batches."""
+    shape, batches = model_shape(job.model, None), [job.batch(rows) for rows in PROBED_ROWS]
     profile = EdgeProfile(
         edge_id="edge",
         num_examples=job.batch_size,
@@ -150,14 +150,15 @@ def predicted_peak_bytes(job: Job) -> int:
         data_fingerprint="random",
         memory_bytes=1,
         bandwidth_bytes_per_second=1.0,
-        step_cost=StepCost(fixed_seconds=0.0, per_token_seconds=1.0, per_token_rank_seconds=0.0),  # not asked for
-        activation_cost=measured_activation_cost(job.model, *(job.batch(rows) for rows in COUNTED_ROWS)),
+        step_cost=measured_step_cost(job.model, *batches),
+        activation_cost=measured_activation_cost(job.model, *batches),
         value_bytes=job.model.get_input_embeddings().weight.element_size(),
         scores={},
         declared=False,
     )
     work = Work(dict.fromkeys(shape.modules, RANK), job.batch_size, 1, 4, checkpointing=True)
-    return CostModel(shape, profile).predict(work).peak_memory_bytes
+    costs = CostModel(shape, profile)
+    return costs.predict(work).peak_memory_bytes, costs.step_seconds(work, lowest_block=0)
 
 
 def round_seconds(job: Job, steps: int) -> tuple[float, float]:
@@ -194,9 +195,10 @@ def main() -> None:
     if not options.quick and not torch.cuda.is_available():
         arguments.error("there is no GPU here; --quick shows on a CPU that the benchmark works")
     job = prepare(options.quick, options.batch_size, options.tokens)
-    predicted, measured = predicted_peak_bytes(job), measured_peak_bytes(job)
+    (foreseen_bytes, foreseen_seconds), measured = predicted(job), measured_peak_bytes(job)
     plain_loop(job, 1)  # libraries warm up
     turns = [(our_loop(job, options.steps), plain_loop(job, options.steps)) for _ in range(options.turns)]
+    round_seconds(job, 1)  # what follows is a warm edge's
     whole, training = round_seconds(job, options.round_steps)
     tokens = options.steps * job.batch_size * job.tokens
     ours, plain = (statistics.median(tokens / seconds for seconds in kind) for kind in zip(*turns, strict=True))
@@ -205,13 +207,15 @@ def main() -> None:
         "tokens_per_second": ours,
         "plain_tokens_per_second": plain,
         "measured_peak_bytes": measured,
-        "predicted_peak_bytes": predicted,
+        "predicted_peak_bytes": foreseen_bytes,
+        "step_seconds": job.batch_size * job.tokens / ours,
+        "predicted_step_seconds": foreseen_seconds,
         "round_seconds": whole,
         "training_seconds": training,
     }
     checks = [
         at_least("tokens per second against a plain loop", statistics.median(b / a for a, b in turns), LEAST_SPEED),
-        at_most("error of predicted peak memory", abs(predicted / measured - 1), MOST_MEMORY_ERROR),
+        at_most("error of predicted peak memory", abs(foreseen_bytes / measured - 1), MOST_MEMORY_ERROR),
         at_most("share of the round that is not training", 1 - training / whole, MOST_REST),
     ]
     finish(options.json, result, checks, as_table(result))
@@ -224,6 +228,7 @@ def as_table(result: dict[str, Any]) -> str:
         ("device", result["device"]),
         ("tokens per second", f"{result['tokens_per_second']:.0f} (plain {result['plain_tokens_per_second']:.0f})"),
         ("peak memory", memory),
+        ("step", f"{result['step_seconds']:.3f} s ({result['predicted_step_seconds']:.3f} predicted)"),
         ("round", f"{result['round_seconds']:.2f} s, of which training {result['training_seconds']:.2f} s"),
     ]
     return markdown_table(("", ""), rows)

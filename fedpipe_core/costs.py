@@ -14,7 +14,6 @@ from functools import cached_property
 from fedpipe_core.schemas import EdgeProfile, ModelShape, PredictedCost
 
 TRAINED_BYTES = 16  # fp32 weight, gradient and AdamW's two moments
-FACTOR_BYTES = 4  # of a value in an adapter's factors and of what it computes
 FROZEN_BYTES = 4  # fp32 weight of the frozen tail
 NF4_BYTES = 0.5 + 0.127 / 8  # with double-quantized scales (arXiv 2305.14314, §3)
 BASE_BYTES = {32: 4.0, 16: 2.0, 8: 1.0, 4: NF4_BYTES}
@@ -114,18 +113,12 @@ class CostModel:
         return rank * (TRAINED_BYTES * trained + FROZEN_BYTES * frozen) + FROZEN_BYTES * tail * self._features(module)
 
     def adapter_activation_bytes(self, module: str, rank: int) -> float:
-        """Per token: the module's input, kept because a trained A now needs it, and the adapter's inner values.
-
-        Adapters compute in float32, so of shorter values each keeps a copy of its own.
-        """
-        inner = FACTOR_BYTES * rank
+        """Per token: the module's input, kept because a trained A now needs it, and the adapter's inner values."""
+        inner = float(self.profile.value_bytes * rank)
         if rank == 0 or self.frozen_a:
             return inner
-        copied = self.shape.modules[module].in_features * FACTOR_BYTES
-        if self.profile.value_bytes < FACTOR_BYTES:
-            return inner + copied
-        kept = self.profile.activation_cost.per_token_module_bytes.get(module)
-        return inner + (copied if kept is None else kept)
+        whole = self.profile.value_bytes * self.shape.modules[module].in_features
+        return inner + self.profile.activation_cost.per_token_module_bytes.get(module, whole)
 
     def adapter_activations(self, work: Work) -> float:
         """Per token what all adapters keep; with checkpointing only the widest block's at a time."""

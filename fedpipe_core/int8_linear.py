@@ -19,6 +19,8 @@ class FrozenInt8Linear(Linear8bitLt):  # type: ignore[misc]
         """The product for x (…, in)."""
         if self.weight.CB is not None:
             self.init_8bit_state()
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         product: Tensor = _FrozenProduct.apply(x, self.state.CB, self.state.SCB, self.bias)  # type: ignore[no-untyped-call]
         return product
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from fedpipe_core.costs import SCORED_AT_ONCE
 from fedpipe_core.output_layer import Score, states_and_score
+from fedpipe_core.precision import computed_like
 from fedpipe_core.tokenizing import IGNORED
 
 
@@ -28,11 +29,12 @@ class LearnedTokens(NamedTuple):
 
 def training_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy over the examples, labels (batch,), or over the learned tokens, labels (batch, tokens)."""
-    if batch["labels"].dim() == 1:
-        return functional.cross_entropy(class_logits(model, batch), batch["labels"])
-    learned = learned_tokens(model, batch)
-    total: Tensor = _SummedLoss.apply(learned.states, learned.targets, learned.score)  # type: ignore[no-untyped-call]
-    return total / len(learned.targets)
+    with computed_like(model):
+        if batch["labels"].dim() == 1:
+            return functional.cross_entropy(class_logits(model, batch), batch["labels"])
+        learned = learned_tokens(model, batch)
+        total: Tensor = _SummedLoss.apply(learned.states, learned.targets, learned.score)  # type: ignore[no-untyped-call]
+        return total / len(learned.targets)
 
 
 def count_learned(batch: Mapping[str, Tensor]) -> int:
@@ -51,11 +53,11 @@ def learned_tokens(model: nn.Module, batch: Mapping[str, Tensor]) -> LearnedToke
     """What predicts a batch's learned tokens: the state at position t predicts token t + 1."""
     targets = batch["labels"][:, 1:]
     columns = (targets != IGNORED).any(dim=0).nonzero()[:, 0]
-    states, score = states_and_score(model, _inputs(batch), columns)
     targets = targets[:, columns]
-    learned = targets != IGNORED
-    rows = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
-    return LearnedTokens(states[learned], targets[learned], rows[learned], score)
+    # All that waits for a GPU comes before the forward pass, which would else have to end first.
+    rows, places = (targets != IGNORED).nonzero(as_tuple=True)
+    states, score = states_and_score(model, _inputs(batch), columns)
+    return LearnedTokens(states[rows, places], targets[rows, places], rows, score)
 
 
 def token_logits(learned: LearnedTokens) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

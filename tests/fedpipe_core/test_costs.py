@@ -42,10 +42,12 @@ def test_a_language_models_logits_exist_for_some_tokens_at_once(value_bytes, byt
     assert many == pytest.approx(bytes_per_logit * 10**6 * SCORED_AT_ONCE, rel=0.01)
 
 
-def test_an_adapter_on_short_values_keeps_its_input_as_float32():
+@pytest.mark.parametrize("value_bytes", [4, 2])
+def test_an_adapter_keeps_values_of_its_base(value_bytes):
     shape, name = tiny_model(), "layer.1.in"
-    short = CostModel(shape, make_profile(shape, value_bytes=2))
-    assert short.adapter_activation_bytes(name, 2) == 4 * (shape.modules[name].in_features + 2)
+    nothing_kept = ActivationCost(fixed_bytes=0, per_token_bytes=0.0, per_token_module_bytes={})
+    costs = CostModel(shape, make_profile(shape, value_bytes=value_bytes, activation_cost=nothing_kept))
+    assert costs.adapter_activation_bytes(name, 2) == value_bytes * (shape.modules[name].in_features + 2)
 
 
 def test_round_seconds_add_up_steps_transfer_and_validation():
