@@ -150,6 +150,7 @@ def _slower(cost: StepCost, slowdown: float) -> StepCost:
         per_token_seconds=cost.per_token_seconds * slowdown,
         per_token_feature_seconds=cost.per_token_feature_seconds * slowdown,
         per_token_rank_seconds=cost.per_token_rank_seconds * slowdown,
+        forward_share=cost.forward_share,
         dequantization_seconds={bits: value * slowdown for bits, value in cost.dequantization_seconds.items()},
     )
 

@@ -23,7 +23,7 @@ HEADER_NAMES = {"fp32": 2, "bf16": 2, "int8": 1, "nf4": 1}  # how often a module
 GRADIENTS_IN_FLIGHT = 2  # of a module's input and output: a formula such as GELU holds several of one width at once
 SCORED_AT_ONCE = 256  # tokens whose logits a language model holds at once
 LOGIT_BYTES = 12  # float32 logit, its log-probability and gradient; shorter ones come on top
-FORWARD_SHARE = 1 / 2  # of a frozen weight's work in a step
+DEQUANTIZED_FORWARD = 1 / 2  # of the dequantization in a step: once before either product
 TAIL_SHARE = 2 / 3  # of a trained adapter's work in a step: no gradient of its own
 
 
@@ -147,11 +147,12 @@ class CostModel:
         """What a step takes whatever its tokens: the optimizer, starting kernels, and dequantizing the base."""
         cost = self.profile.step_cost
         dequantization = cost.dequantization_seconds.get(bits, 0.0)
-        return cost.fixed_seconds + dequantization * self._frozen_share(lowest_block, checkpointing)
+        return cost.fixed_seconds + dequantization * self._work_done(DEQUANTIZED_FORWARD, lowest_block, checkpointing)
 
     def backbone_seconds_per_token(self, lowest_block: int, checkpointing: bool) -> float:
         """Seconds per token in the frozen weights."""
-        return self.profile.step_cost.per_token_seconds * self._frozen_share(lowest_block, checkpointing)
+        cost = self.profile.step_cost
+        return cost.per_token_seconds * self._work_done(cost.forward_share, lowest_block, checkpointing)
 
     def adapter_seconds_per_token(self, module: str, rank: int, lowest_block: int, checkpointing: bool) -> float:
         """Three products for a trained rank, two for a rank of the tail, one below the reached blocks."""
@@ -166,7 +167,7 @@ class CostModel:
     def idle_seconds(self, transferred_bytes: float) -> float:
         """Seconds of a round outside its steps: transfer, and a forward pass over the validation rows."""
         tokens = self.profile.num_validation_examples * self.profile.tokens_per_example
-        forward = self.profile.step_cost.per_token_seconds * FORWARD_SHARE
+        forward = self.profile.step_cost.per_token_seconds * self.profile.step_cost.forward_share
         return transferred_bytes / self.profile.bandwidth_bytes_per_second + tokens * forward
 
     def upload_bytes(self, ranks: Mapping[str, int]) -> int:
@@ -190,10 +191,13 @@ class CostModel:
     def _widest_module(self) -> int:
         return max((self._features(name) for name in self.shape.modules), default=0)
 
-    def _frozen_share(self, lowest_block: int, checkpointing: bool) -> float:
-        """Forward everywhere; backward, and a second forward when checkpointing, in the reached blocks."""
+    def _work_done(self, forward: float, lowest_block: int, checkpointing: bool) -> float:
+        """Share of a whole step's work in frozen weights, of which the forward pass is `forward`.
+
+        Forward everywhere; backward, and a second forward when checkpointing, in the reached blocks.
+        """
         reached = (self._num_blocks - lowest_block) / self._num_blocks
-        return FORWARD_SHARE + reached * (1 - FORWARD_SHARE + FORWARD_SHARE * checkpointing)
+        return forward + reached * (1 - forward + forward * checkpointing)
 
     def _adapter_products(self, rank: int, module: str) -> float:
         """Seconds per token of an adapter's three products."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedpipe_core.adapters import initial_adapter, split_for_edge
 from fedpipe_core.architecture import bits_of
 from fedpipe_core.batches import Batch
+from fedpipe_core.costs import DEQUANTIZED_FORWARD
 from fedpipe_core.edge_model import build_edge_model, load_adapter, move_batch, own_head
 from fedpipe_core.losses import training_loss
 from fedpipe_core.model import adaptable_modules, device_of, head_parameters, share
@@ -27,6 +28,7 @@ Clock = Callable[[], float]
 CGROUP = Path("/sys/fs/cgroup")
 TIMED_RANKS = (2, 32)
 TIMED_STEPS = 2
+LEAST_FORWARD, MOST_FORWARD = 0.2, 0.6  # of a step's work: beyond, it is the clock that is wrong
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -72,10 +74,10 @@ def declared_step_cost(tokens_per_second: float, step_seconds: float, shape: Mod
 def measured_step_cost(
     base: nn.Module, small: Batch, large: Batch, bits: Iterable[int] = (), clock: Clock = time.perf_counter
 ) -> StepCost:
-    """Time a few steps of four kinds and solve for the four coefficients of `StepCost`, none below 0.
+    """Time a few steps of five kinds and solve for the coefficients of `StepCost`, none below 0.
 
     The kinds: no adapter, and adapters of two ranks on every module, with the large batch; the lower rank with the
-    small batch. `small` and `large` are batches of the edge's own data. Each kind counts with the fastest of its steps,
+    small batch; and the head alone, whose gradients reach no block, for what the forward pass takes. `small` and `large` are batches of the edge's own data. Each kind counts with the fastest of its steps,
     since other work can only slow one down. `bits` are the widths that a plan may choose, of which the quantized ones
     are priced by what dequantization takes; on a quantized `base` that is taken off what was measured, so that the
     coefficients are a dense base's. `clock` gives seconds: wall time, which a round is made of, or another that a
@@ -96,9 +98,13 @@ def measured_step_cost(
     matrix = torch.tensor(rows, dtype=torch.float64)
     scale = matrix.amax(dim=0)
     fitted = nnls((matrix / scale).numpy(), seconds)[0] / scale.numpy()
+    per_token = float(fitted[1]) or (seconds[0] or taken) / rows[0][1]
+    forward = _fastest_seconds(partial(_forward_step(base), move_batch(large, base)), device_of(base), clock)
+    forward -= float(fitted[0]) + DEQUANTIZED_FORWARD * dequantized
     return StepCost(
         fixed_seconds=float(fitted[0]),
-        per_token_seconds=float(fitted[1]) or (seconds[0] or taken) / rows[0][1],
+        per_token_seconds=per_token,
+        forward_share=min(max(forward / (per_token * rows[0][1]), LEAST_FORWARD), MOST_FORWARD),
         per_token_feature_seconds=float(fitted[2]),
         per_token_rank_seconds=float(fitted[3]),
         dequantization_seconds=dequantization,
@@ -171,6 +177,16 @@ def _plain_step(base: nn.Module) -> Callable[[Mapping[str, Tensor]], None]:
     """One step of a throw-away instance that trains its head alone, or nothing where it has none."""
     model = _reached_to_the_first_block(base)
     return _step(model, head_parameters(model).values())
+
+
+def _forward_step(base: nn.Module) -> Callable[[Mapping[str, Tensor]], None]:
+    """One step of a throw-away instance whose gradients end at its head, or that has none where there is no head."""
+    model = share(base)
+    own_head(model)
+    head = list(head_parameters(model).values())
+    for parameter in head:
+        parameter.requires_grad_(True)
+    return _step(model, head) if head else torch.no_grad()(partial(training_loss, model))
 
 
 def _adapted_step(base: nn.Module, rank: int) -> Callable[[Mapping[str, Tensor]], None]:

@@ -67,6 +67,9 @@ class StepCost(Record):
     per_token_seconds: FiniteFloat = Field(gt=0)
     per_token_feature_seconds: FiniteFloat = Field(0.0, ge=0, description="What an adapter takes whatever its rank")
     per_token_rank_seconds: FiniteFloat = Field(ge=0)
+    forward_share: FiniteFloat = Field(
+        0.5, gt=0, lt=1, description="Of `per_token_seconds` in the forward pass; the rest goes back through the blocks"
+    )
     dequantization_seconds: dict[int, FiniteFloat] = Field(
         default_factory=dict,
         description="What a base of that many bits adds to every step, whatever its tokens; nothing when left out",

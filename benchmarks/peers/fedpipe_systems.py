@@ -6,6 +6,7 @@ MLflow, and Prefect's deployments.
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,9 +63,12 @@ def fedpipe_deployed(place: Place) -> Seen:
 
 def set_up(job: Path) -> None:
     """Make the databases and deploy the flows, unless that was done."""
-    if not (SERVER_HOME / "prefect.db").exists():
+    deployed = SERVER_HOME / "deployed"  # written last: a database alone may be that of a set-up that was cut off
+    if not deployed.exists():
+        shutil.rmtree(SERVER_HOME, ignore_errors=True)
         with deployed_server(SERVER_HOME):
             pass
+        deployed.touch()
     if not (CACHE / "mlflow.db").exists():
         folder = CACHE / "first-run"
         folder.mkdir(exist_ok=True)

@@ -164,3 +164,11 @@ def test_gradients_summed_over_passes_train_like_the_batch_at_once(
         found.append((report.loss, read_adapter(edge).factors["model.layers.0.mlp.up_proj"].dense()))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", WRITERS)
+def test_attention_runs_in_one_fused_kernel(tiny_writer: Callable[..., Base], architecture: str) -> None:
+    model, batch = tiny_writer(architecture).model, pad_batch(ROWS, range(4))
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        training_loss(model, batch)
+    assert "aten::scaled_dot_product_attention" in {event.key for event in profiler.key_averages()}

@@ -50,6 +50,17 @@ def test_an_adapter_keeps_values_of_its_base(value_bytes):
     assert costs.adapter_activation_bytes(name, 2) == value_bytes * (shape.modules[name].in_features + 2)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_that_end_at_the_last_block_cost_the_forward_pass_and_one_block(checkpointing):
+    shape = tiny_model()
+    cost = StepCost(fixed_seconds=0.5, per_token_seconds=1.0, per_token_rank_seconds=0.0, forward_share=0.25)
+    costs = CostModel(shape, make_profile(shape, step_cost=cost, tokens_per_example=1.0))
+    last = shape.num_blocks - 1
+    again = 0.25 / shape.num_blocks if checkpointing else 0.0
+    work = Work({}, 4, 1, 32, checkpointing=checkpointing)
+    assert costs.step_seconds(work, last) == pytest.approx(0.5 + 4 * (0.25 + 0.75 / shape.num_blocks + again))
+
+
 def test_round_seconds_add_up_steps_transfer_and_validation():
     shape = tiny_model()
     profile = make_profile(

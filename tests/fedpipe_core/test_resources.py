@@ -13,6 +13,8 @@ from fedpipe_core.edge_model import own_head
 from fedpipe_core.losses import training_loss
 from fedpipe_core.model import share
 from fedpipe_core.resources import (
+    LEAST_FORWARD,
+    MOST_FORWARD,
     container_free_bytes,
     declared_step_cost,
     free_memory_bytes,
@@ -112,6 +114,7 @@ def test_measured_step_cost_has_no_negative_coefficient_and_grows_with_tokens(ti
     assert cost.fixed_seconds >= 0
     assert cost.per_token_seconds > 0
     assert cost.per_token_rank_seconds >= 0
+    assert LEAST_FORWARD <= cost.forward_share <= MOST_FORWARD
     assert cost.fixed_seconds + 1000 * cost.per_token_seconds < 10
     assert not any(parameter.requires_grad for parameter in base.parameters())
 
