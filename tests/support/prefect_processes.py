@@ -21,8 +21,11 @@ START_SECONDS = 180  # a first start migrates an empty database; on a busy machi
 
 
 @contextmanager
-def prefect_server(home: Path) -> Iterator[dict[str, str]]:
-    """Run a server with a home of its own, on PostgreSQL where that is installed, and yield how Prefect finds it."""
+def prefect_server(home: Path, on_sqlite: bool = False) -> Iterator[dict[str, str]]:
+    """Run a server with a home of its own, on PostgreSQL where that is installed, and yield how Prefect finds it.
+
+    What it records is gone with it, unless it is on SQLite, in its home.
+    """
     address = f"http://127.0.0.1:{_free_port()}/api"
     left_out = ("MLFLOW_TRACKING_URI", "FEDPIPE_STORE")
     environment = {name: value for name, value in os.environ.items() if name not in left_out} | {
@@ -37,7 +40,7 @@ def prefect_server(home: Path) -> Iterator[dict[str, str]]:
     }
     port = address.removesuffix("/api").rpartition(":")[2]
     command = ["server", "start", "--host", "127.0.0.1", "--port", port]
-    with _database() as database, running(command, environment | database, home / "server.log") as log:
+    with nullcontext({}) if on_sqlite else _database() as database, running(command, environment | database, home / "server.log") as log:
         wait_for(lambda: _answers(f"{address}/health"), START_SECONDS, "Prefect's server", log)
         yield environment
 
