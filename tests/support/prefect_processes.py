@@ -40,7 +40,10 @@ def prefect_server(home: Path, on_sqlite: bool = False) -> Iterator[dict[str, st
     }
     port = address.removesuffix("/api").rpartition(":")[2]
     command = ["server", "start", "--host", "127.0.0.1", "--port", port]
-    with nullcontext({}) if on_sqlite else _database() as database, running(command, environment | database, home / "server.log") as log:
+    with (
+        nullcontext({}) if on_sqlite else _database() as database,
+        running(command, environment | database, home / "server.log") as log,
+    ):
         wait_for(lambda: _answers(f"{address}/health"), START_SECONDS, "Prefect's server", log)
         yield environment
 
