@@ -20,10 +20,10 @@ from flows.deployed import require_lasting_places
 from flows.release import release_model, track
 from tasks import edge, federation, mlflow_client, progress, remote_edges, reports, tracking
 from tasks.edge import EdgeSession, Machine
+from tasks.exports import check_exports
 from tasks.federation import Coordinator
 from tasks.plans import plan_at, plan_round
 from tasks.records import RunKeys, get_record, put_record
-from tasks.release import check_exports
 from tasks.remote_edges import RemoteEdge
 from tasks.report import read_facts
 from tasks.reports import Outcome
