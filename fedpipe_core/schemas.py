@@ -278,6 +278,9 @@ class RoundRecord(Record):
     edge_metrics: dict[str, dict[str, FiniteFloat]] = Field(default_factory=dict)
     metrics: dict[str, FiniteFloat]
     adapter_sha256: str
+    records: dict[str, str] = Field(
+        default_factory=dict, description="sha256 of every record the round rests on, by its key"
+    )
 
 
 class MeasuredCost(Record):

@@ -18,12 +18,12 @@ from fedpipe_core.report import render_page
 from fedpipe_core.schemas import FederationPlan, RoundRecord, RunResult, SavedPlan
 from flows.deployed import require_lasting_places
 from flows.release import release_model, track
-from tasks import edge, federation, progress, remote_edges, reports, tracking
+from tasks import edge, federation, mlflow_client, progress, remote_edges, reports, tracking
 from tasks.edge import EdgeSession, Machine
+from tasks.exports import check_exports
 from tasks.federation import Coordinator
 from tasks.plans import plan_at, plan_round
 from tasks.records import RunKeys, get_record, put_record
-from tasks.release import check_exports
 from tasks.remote_edges import RemoteEdge
 from tasks.report import read_facts
 from tasks.reports import Outcome
@@ -70,7 +70,7 @@ def federated_finetune(
     require_lasting_places(config)
     started, store = time.perf_counter(), open_store(config.store)
     coordinator = Coordinator(config, store, RunKeys(run or new_run_name(config)))
-    tracking.connect_early(tracking.tracking_uri(config.tracking, store.root))
+    mlflow_client.connect_early(tracking.tracking_uri(config.tracking, store.root))
     keys, sessions = coordinator.keys, edge_sessions(coordinator)
     progress.note(f"run {keys.run} in {store.root}")
     _read_all_data(coordinator, sessions)

@@ -14,9 +14,9 @@ from fedpipe_core.planning import infeasible_edges
 from fedpipe_core.schemas import FederationPlan, SavedPlan
 from flows.federation import Edges, edge_sessions, profile_edges
 from tasks import federation, remote_edges, reports
+from tasks.exports import check_exports
 from tasks.federation import Coordinator
 from tasks.records import RunKeys
-from tasks.release import check_exports
 from tasks.storage import open_store
 
 

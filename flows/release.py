@@ -9,12 +9,11 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ReleaseError, TrackingError
-from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.export_choice import choose_exports
 from fedpipe_core.schemas import ExportRecord, FederationRecord, ReleaseReport, RoundRecord
 from flows.deployed import require_lasting_store
-from tasks import progress, release, reports, tracking
-from tasks.federation import Coordinator, evaluate, read_profiles
+from tasks import exports, progress, release, reports, tracking
+from tasks.federation import Coordinator, read_profiles
 from tasks.lineage import needed_record, stored_config
 from tasks.records import RunKeys, get_record
 from tasks.status import unreleased_runs
@@ -45,12 +44,10 @@ def release_model(
         progress.note(f"runs that wait for their release in {store}: {', '.join(waiting) or 'none'}")
         return [None, *(release_model(name, store) for name in waiting)][-1]
     coordinator = _coordinator(run, store)
-    before = baseline or metrics_of(evaluate(coordinator, 1, whole=True))
-    step = release.Release(coordinator, functools.partial(track, coordinator), before)
-    with step:
+    with release.Release(coordinator, functools.partial(track, coordinator), baseline) as step:
         chosen = choose_exports(coordinator.config.release, coordinator.shape, read_profiles(coordinator))
-        exports = [release.export(step, scheme, edges) for scheme, edges in chosen.items()]
-        report = _registered(step, exports)
+        written = [exports.export(step, scheme, edges) for scheme, edges in chosen.items()]
+        report = _registered(step, written)
     create_table_artifact(reports.gate_rows(report), key="gate", description=f"Gate of {run}")
     create_markdown_artifact(_summary(report), key="release", description=f"Release of {run}")
     return report

@@ -1,19 +1,15 @@
 """Where a registered version comes from, read from the store: config, code, base, data fingerprints, every update.
 
-It decides what the manifest lists, the hashes that bind a version to its run. Whether the objects still have them, and
-lead to the adapter again, is `tasks.verification`'s to find out.
+The hashes that bind a version to its run are `tasks.manifest`'s.
 """
 
-import hashlib
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import IntegrityError, ReleaseError
-from fedpipe_core.lineage_schemas import AcceptedUpdate, EdgeData, Lineage, RefusedUpdate, RoundLineage, RunManifest
+from fedpipe_core.lineage_schemas import AcceptedUpdate, EdgeData, Lineage, RefusedUpdate, RoundLineage
 from fedpipe_core.schemas import (
     EdgeProfile,
     FederationPlan,
@@ -22,13 +18,10 @@ from fedpipe_core.schemas import (
     RoundRecord,
     UpdateRecord,
 )
-from tasks.plans import plan_at, plan_keys
 from tasks.records import R, RunKeys, get_record
 from tasks.registry import ADAPTER_TAG, MANIFEST_TAG, ModelVersion, aliases
 from tasks.storage import ObjectStore, open_store
 from tasks.tracking import RUN_TAG, STORE_TAG
-
-READS_AT_ONCE = 16
 
 
 def lasting_root(store: ObjectStore) -> str:
@@ -70,36 +63,6 @@ def stored_config(store: ObjectStore, record: FederationRecord) -> FederationCon
             f"store {store.root}: the config of run {record.run} does not fit this FedPipe "
             f"({error.errors()[0]['msg']}); use the one that wrote it, {record.code_version}"
         ) from None
-
-
-def run_manifest(store: ObjectStore, keys: RunKeys, config: FederationConfig) -> RunManifest:
-    """List every object the adapter after the last round came from; an update that came too late is no part of it.
-
-    Raises ReleaseError or ObjectMissingError naming what is missing.
-    """
-    plan = plan_at(store, keys, config.rounds)
-    records, data = [keys.federation, *plan_keys(store, keys).values(), *map(keys.profile, plan.edges)], {}
-    for index in range(1, config.rounds + 2):
-        made = needed_record(store, keys.global_record(index), GlobalRecord)
-        records.append(keys.global_record(index))
-        data[made.adapter.key] = made.adapter.sha256
-        if index > 1:
-            records.append(keys.round_record(index - 1))
-            answers = made.counted | made.refused
-            records += [keys.update_record(index - 1, edge_id) for edge_id in answers]
-            data |= {keys.update_data(index - 1, edge_id): sha256 for edge_id, sha256 in answers.items()}
-            failed = [keys.failure(index - 1, edge_id) for edge_id in made.dropped if edge_id not in answers]
-            records += [key for key in failed if store.exists(key)]
-    return RunManifest(run=keys.run, objects=dict(sorted((data | object_hashes(store, records)).items())))
-
-
-def object_hashes(store: ObjectStore, keys: Iterable[str]) -> dict[str, str]:
-    """Hash of each object as it is now, by key. Raises ObjectMissingError."""
-    ordered = list(keys)
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        return dict(
-            zip(ordered, pool.map(lambda key: hashlib.sha256(store.get(key)).hexdigest(), ordered), strict=True)
-        )
 
 
 def read_lineage(version: ModelVersion, root: str | None = None) -> Lineage:

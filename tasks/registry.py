@@ -14,7 +14,9 @@ from typing import Any
 
 from fedpipe_core.errors import ReleaseError
 from fedpipe_core.gate import Check, Decision
-from tasks.tracking import MODEL_PARENT, TrackedRun, connect, fetch_files, log_model, speaking_to
+from tasks.logged_model import MODEL_PARENT, fetch_files, log_model
+from tasks.mlflow_client import connect, speaking_to
+from tasks.tracking import TrackedRun
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 ADAPTER_TAG, BASE_TAG = "fedpipe.adapter_sha256", "fedpipe.base_sha256"

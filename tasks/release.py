@@ -1,9 +1,7 @@
-"""A release's steps: write the exports, judge what was written, register it and let the gate decide on the champion."""
+"""What a release rests on, and its steps after the exports: register the model, let the gate decide on the champion."""
 
 import functools
 import hashlib
-import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -14,15 +12,14 @@ from typing import Self
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from safetensors import SafetensorError
 
 from fedpipe_core.base_folder import BASE_FILE
 from fedpipe_core.dialogues import chat_template
 from fedpipe_core.errors import ReleaseError
 from fedpipe_core.evaluation import metrics_of
-from fedpipe_core.export import TunedModel, folder_sha256
-from fedpipe_core.export_choice import AUTO
-from fedpipe_core.gate import Check, Decision, decide, loss_check
+from fedpipe_core.export import TunedModel
+from fedpipe_core.gate import Decision, decide
+from fedpipe_core.lineage_schemas import RunManifest
 from fedpipe_core.model_card import CardFacts, license_of, render_card
 from fedpipe_core.predictions import Answers, metric_interval
 from fedpipe_core.report import render_page
@@ -35,14 +32,14 @@ from fedpipe_core.schemas import (
     ReleaseReport,
     RoundRecord,
 )
-from fedpipe_core.token_predictions import read_answers
 from tasks import progress, registry, tracking
 from tasks.edge import read_global
-from tasks.export_judge import SCHEMES, ExportJudge, Verdict
-from tasks.federation import Coordinator, read_profiles
-from tasks.lineage import lasting_root, needed_record, run_manifest
+from tasks.export_judge import SCHEMES, ExportJudge
+from tasks.federation import Coordinator, evaluate, read_profiles
+from tasks.lineage import lasting_root, needed_record
+from tasks.manifest import run_manifest
 from tasks.plans import plan_at
-from tasks.records import get_data_file, put_data_file, put_record
+from tasks.records import get_data_file, put_record
 from tasks.registry import ModelVersion
 from tasks.report import read_facts
 from tasks.reports import gate_rows
@@ -55,17 +52,23 @@ class Release:
     A plain class, since Prefect walks through every dataclass it is handed.
     """
 
-    def __init__(self, coordinator: Coordinator, track: Callable[[], TrackedRun], baseline: Mapping[str, float]):
-        self.coordinator, self.baseline = coordinator, baseline
+    def __init__(self, coordinator: Coordinator, track: Callable[[], TrackedRun], baseline: Mapping[str, float] | None):
+        self.coordinator = coordinator
+        self._baseline = baseline
         self._track = track
         self.written = TemporaryDirectory(prefix="fedpipe-release-")
         self._open = ExitStack()
         self.predictions: dict[str, Answers] = {}
 
     def __enter__(self) -> Self:
-        """Start the process that judges exports, so that it imports while the first is written."""
-        self._open.enter_context(self.written)
-        self.judge  # noqa: B018
+        """Check what the run left, and start the process that judges exports: it imports while the first is written.
+
+        Raises ReleaseError or IntegrityError naming the object that is missing or was altered since.
+        """
+        with self._open as opened:  # closes what is open when the rest fails
+            opened.enter_context(self.written)
+            self.manifest, self.judge, self.baseline  # noqa: B018
+            self._open = opened.pop_all()
         return self
 
     def __exit__(
@@ -73,6 +76,18 @@ class Release:
     ) -> None:
         """End the process and remove what was written; the store has its copies."""
         self._open.__exit__(kind, error, trace)
+
+    @functools.cached_property
+    def manifest(self) -> RunManifest:
+        """Every object the adapter came from, each found as it was when its round was closed."""
+        with progress.working("coordinator", "check the run's objects"):
+            return run_manifest(self.coordinator.store, self.coordinator.keys, self.coordinator.config)
+
+    @functools.cached_property
+    def baseline(self) -> Mapping[str, float]:
+        """Metrics before training; measured when none were given."""
+        given = self._baseline
+        return metrics_of(evaluate(self.coordinator, 1, whole=True)) if given is None else given
 
     @functools.cached_property
     def tracked(self) -> TrackedRun:
@@ -123,71 +138,6 @@ class Release:
         config, template = coordinator.config, chat_template(coordinator.config.data)
         dtype, names = config.release.dtype, coordinator.label_names
         return TunedModel(coordinator.base, adapter, dtype, names, template, config.model.base)
-
-
-def check_exports(coordinator: Coordinator) -> None:
-    """Raise ModelError, before anything is trained, when a configured export cannot hold the base."""
-    for scheme in coordinator.config.release.exports:
-        if scheme != AUTO:
-            SCHEMES[scheme].check(coordinator.base)
-
-
-@task(task_run_name="export {scheme}", cache_policy=NO_CACHE)
-def export(release: Release, scheme: str, edges: Sequence[str] = ()) -> ExportRecord:
-    """Write one export, have it reloaded and judged in a fresh process, and copy it to the store if it holds its loss.
-
-    Raises ReleaseError when the one that would be registered cannot be used or does not.
-    """
-    coordinator, folder, started = release.coordinator, release.folder(scheme), time.perf_counter()
-    with progress.working("coordinator", f"export {scheme}"):
-        _write(release, scheme, folder)
-        verdict = release.judge.judge(scheme, folder)
-        check, metrics = _loss_verdict(release, scheme, verdict)
-        if scheme == release.registered and not check.passed:
-            raise ReleaseError(f"{check.reason}; nothing is registered")
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        for path in files if check.passed else ():
-            name = path.relative_to(folder).as_posix()
-            put_data_file(coordinator.store, coordinator.keys.release(f"{scheme}/{name}"), path)
-    return ExportRecord(
-        scheme=scheme,
-        path=f"{coordinator.store.root}/{coordinator.keys.release(scheme)}" if check.passed else "",
-        bytes=sum(path.stat().st_size for path in files),
-        sha256=folder_sha256(folder),
-        metrics=metrics,
-        seconds=time.perf_counter() - started,
-        loss_increase=check.value if math.isfinite(check.value) else None,
-        agreement=verdict.agreement,
-        load_seconds=verdict.load_seconds,
-        latency=verdict.latency,
-        edges=list(edges),
-        kept=check.passed,
-        reason=check.reason,
-    )
-
-
-def _write(release: Release, scheme: str, folder: Path) -> None:
-    """Write an export. Raises ReleaseError when the disk does not take it."""
-    try:
-        SCHEMES[scheme].write(release.tuned, folder)
-    except (OSError, SafetensorError) as error:
-        raise ReleaseError(
-            f"export {scheme} cannot be written to {folder.parent} ({error}); make room there, or set TMPDIR to a "
-            "folder on a larger disk; nothing was registered"
-        ) from None
-
-
-def _loss_verdict(release: Release, scheme: str, verdict: Verdict) -> tuple[Check, dict[str, float]]:
-    """Whether an export's loss is within its limit of the unquantized model's, and its metrics where it has any."""
-    if verdict.error:
-        limit = release.coordinator.config.release.max_loss_increase
-        reason = f"export {scheme} could not be used after reloading it: {verdict.error}"
-        return Check(f"loss of {scheme}", math.inf, limit, False, reason), {}
-    predictions = read_answers(verdict.answers)
-    release.predictions[scheme] = predictions
-    metrics = metrics_of(predictions)
-    check = loss_check(scheme, metrics["loss"], release.unquantized_loss, release.coordinator.config.release)
-    return check, {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 @task(task_run_name="register", cache_policy=NO_CACHE)
@@ -296,8 +246,7 @@ def _evaluate_version(release: Release, version: ModelVersion) -> Answers:
 
 def _tags(release: Release) -> dict[str, str]:
     coordinator, keys = release.coordinator, release.coordinator.keys
-    manifest = run_manifest(coordinator.store, keys, coordinator.config)
-    put_record(coordinator.store, keys.manifest, manifest)
+    put_record(coordinator.store, keys.manifest, release.manifest)
     return {
         registry.ADAPTER_TAG: release.adapter_sha256,
         registry.BASE_TAG: coordinator.base.sha256,

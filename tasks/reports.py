@@ -20,6 +20,7 @@ from fedpipe_core.schemas import (
 )
 from tasks import tracking
 from tasks.federation import Coordinator, round_updates
+from tasks.manifest import record_hashes
 from tasks.tracking import TrackedRun
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def round_record(
         edge_metrics={edge_id: update.metrics for edge_id, update in updates.items()},
         metrics=dict(metrics),
         adapter_sha256=made.adapter.sha256,
+        records=record_hashes(coordinator.store, coordinator.keys, made),
     )
 
 

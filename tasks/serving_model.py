@@ -3,7 +3,7 @@
 Shipped as text inside every registered version (models-from-code), so it imports nothing of this project and needs only
 mlflow, torch and transformers where it runs, and peft for a version that is an adapter. Such a version names its base
 by id and hash and looks for it where it is served: as a folder, in a package, in the hub's cache, or at FEDPIPE_BASE.
-Nothing here imports this module; `tasks.serving` passes its path.
+Nothing here imports this module; `tasks.logged_model` passes its path.
 """
 
 import hashlib

@@ -1,32 +1,23 @@
-"""What of a federation is recorded in MLflow, and how: runs, metrics per round, artifacts, model files.
+"""What of a federation is recorded in MLflow, and how: runs, metrics per round, artifacts.
 
-The only module that imports mlflow, and not before it is needed. It speaks to `MlflowClient` with explicit run ids:
-the fluent API's active run is state of a thread and is lost in parallel tasks. Which version is champion is
-`tasks.registry`'s matter.
+A run is continued by its id, which any thread or process may hold. How MLflow is reached is `tasks.mlflow_client`'s
+matter, model files are `tasks.logged_model`'s.
 """
 
-import fcntl
-import functools
 import json
-import logging
 import os
-import re
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from textwrap import shorten
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from fedpipe_core.base_folder import BASE_FILE
 from fedpipe_core.config import TrackingSpec
-from fedpipe_core.errors import IntegrityError, ReleaseError, TrackingError
+from fedpipe_core.errors import IntegrityError
 from fedpipe_core.predictions import Answers
 from fedpipe_core.token_predictions import read_answers
+from tasks.mlflow_client import SQLITE, connect, speaking_to
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,17 +27,8 @@ Metrics = Mapping[str, float]
 RUN_TAG = "fedpipe.run"
 STORE_TAG = "fedpipe.store"
 EDGE_TAG = "fedpipe.edge"
-_SQLITE = "sqlite:///"
-_SERVING_CODE = Path(__file__).with_name("serving_model.py")
-_SERVING_PACKAGES = ("mlflow", "torch", "transformers", "safetensors")
 _PARAMS_PER_CALL = 100  # MLflow's limits of one batch
 _METRICS_PER_CALL = 1000
-_SETTINGS = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the default of 7 lets an unreachable server hang for minutes
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout belongs to the command's result
-}
 
 
 @dataclass(frozen=True)
@@ -67,7 +49,7 @@ def tracking_uri(spec: TrackingSpec, store_root: str) -> str:
     if configured:
         return configured
     folder = Path(".fedpipe") if "://" in store_root else Path(store_root).absolute().parent
-    return f"{_SQLITE}{folder.absolute() / 'mlflow.db'}"
+    return f"{SQLITE}{folder.absolute() / 'mlflow.db'}"
 
 
 def open_run(
@@ -88,16 +70,6 @@ def open_run(
     run = TrackedRun(uri, experiment, run_id)
     log_params(run, params)
     return run
-
-
-def connect_early(uri: str) -> None:
-    """Import MLflow and open its database in a thread, while other work goes on; `open_run` tells what fails."""
-
-    def work() -> None:
-        with suppress(Exception):
-            connect(uri)
-
-    threading.Thread(target=work, name="MLflow", daemon=True).start()
 
 
 def log_params(run: TrackedRun, params: Mapping[str, object]) -> None:
@@ -207,97 +179,14 @@ def load_predictions(uri: str, run_id: str, evaluation_sha256: str) -> Answers |
     return predictions
 
 
-MODEL_PARENT = "artifacts"  # a logged version keeps its model folder below, under the name it had when logged
-
-
-@dataclass(frozen=True)
-class LoggedModel:
-    """Model files that MLflow holds, not yet registered."""
-
-    model_id: str
-    location: str
-
-
-def log_model(run: TrackedRun, name: str, model_folder: Path, card: str) -> LoggedModel:
-    """Log a merged model, or an adapter that names its base, as a python-function model that needs no code of ours.
-
-    The serving code travels as text; requirements are the installed versions of what it imports; the card is README.md.
-    Raises ReleaseError when the folder holds no model.
-    """
-    if not any((model_folder / name).is_file() for name in ("config.json", BASE_FILE)):
-        raise ReleaseError(
-            f"{model_folder} holds no config.json; a model to register is a folder in Hugging Face format"
-        )
-    from mlflow.entities import LoggedModelOutput
-
-    with speaking_to(run.uri), TemporaryDirectory() as folder:
-        client = connect(run.uri)
-        experiment_id = client.get_run(run.run_id).info.experiment_id
-        logged = client.create_logged_model(experiment_id, name=name, source_run_id=run.run_id)
-        files = Path(folder) / "model"
-        _write_model_files(files, model_folder, logged, run.run_id)
-        (files / "README.md").write_text(card, encoding="utf-8")
-        _upload_model(client, logged.model_id, files)
-        client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    return LoggedModel(logged.model_id, logged.artifact_location)
-
-
-@functools.lru_cache(maxsize=8)
-def connect(uri: str) -> Any:
-    """Return the `MlflowClient` of a tracking server or database, whose registry lies at the same place."""
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
-    with _sole_migration(uri):
-        from mlflow import MlflowClient
-
-        for noisy in ("mlflow", "alembic"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        client.search_experiments(max_results=1)  # creates and migrates a SQLite file
-        return client
-
-
-@contextmanager
-def speaking_to(uri: str) -> Iterator[None]:
-    """Turn what MLflow raises inside the block into one TrackingError with the start of the reason."""
-    try:
-        yield
-    except Exception as error:
-        if not _is_trackers_fault(error):
-            raise
-        shown = re.sub(r"//[^/@]*@", "//", uri)  # a database URI may carry a password
-        reason = shorten(str(error) or repr(error), 300)
-        raise TrackingError(
-            f"MLflow at {shown} did not answer or refused: {reason}; check tracking.uri or MLFLOW_TRACKING_URI"
-        ) from error
-
-
-def _is_trackers_fault(error: Exception) -> bool:
-    origin = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError) or origin in ("mlflow", "sqlalchemy", "requests", "boto3", "botocore")
-
-
-@contextmanager
-def _sole_migration(uri: str) -> Iterator[None]:
-    """Let one process at a time open a SQLite file: concurrent first migrations break each other."""
-    if not uri.startswith(_SQLITE):
-        yield
-        return
-    database = Path(uri.removeprefix(_SQLITE))
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(f"{database.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, and when the process dies
-        yield
-
-
 def _experiment_id(uri: str, experiment: str) -> str:
     """Return the experiment's id; a new one on SQLite keeps its artifacts beside the database."""
     client = connect(uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
         location = None
-        if uri.startswith(_SQLITE):
-            location = (Path(uri.removeprefix(_SQLITE)).absolute().parent / "mlartifacts" / experiment).as_uri()
+        if uri.startswith(SQLITE):
+            location = (Path(uri.removeprefix(SQLITE)).absolute().parent / "mlartifacts" / experiment).as_uri()
         try:
             return str(client.create_experiment(experiment, artifact_location=location))
         except Exception as error:
@@ -358,61 +247,3 @@ def _flatten(params: Mapping[str, object], prefix: str = "") -> Iterator[tuple[s
 
 def _predictions_path(evaluation_sha256: str) -> str:
     return f"predictions/{evaluation_sha256}.json"
-
-
-def _write_model_files(files: Path, model_folder: Path, logged: Any, run_id: str) -> None:
-    from mlflow.models import Model
-    from mlflow.pyfunc import save_model
-
-    is_adapter = (model_folder / BASE_FILE).is_file()
-    described = model_folder / (BASE_FILE if is_adapter else "config.json")
-    architectures = json.loads(described.read_text(encoding="utf-8")).get("architectures", [])
-    classifies = any(str(name).endswith("ForSequenceClassification") for name in architectures)
-    save_model(
-        files,
-        mlflow_model=Model(
-            artifact_path=logged.artifact_location, model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id
-        ),
-        python_model=str(_SERVING_CODE),
-        artifacts={"model": str(model_folder)},
-        signature=_signature(classifies),
-        input_example=["where is my parcel", "set a timer for ten minutes"],
-        pip_requirements=serving_requirements(is_adapter),
-    )
-
-
-def _signature(classifies: bool) -> Any:
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-
-    inputs = Schema(
-        [ColSpec("string")]
-    )  # takes a list of texts and a table with one column; named, it refuses the list
-    if classifies:
-        outputs = [ColSpec("long", "label"), ColSpec("string", "label_name"), ColSpec("double", "score")]
-        return ModelSignature(inputs=inputs, outputs=Schema(outputs))
-    longest = ParamSchema([ParamSpec("max_new_tokens", "integer", 128)])
-    return ModelSignature(inputs=inputs, outputs=Schema([ColSpec("string", "text")]), params=longest)
-
-
-def _upload_model(client: Any, model_id: str, files: Path) -> None:
-    try:
-        client.log_model_artifacts(model_id, str(files))
-    except Exception:
-        client.finalize_logged_model(model_id, "FAILED")
-        raise
-    client.finalize_logged_model(model_id, "READY")
-
-
-def serving_requirements(is_adapter: bool) -> list[str]:
-    """Return what a server has to install, pinned to what is installed here without build suffixes like `+cpu`."""
-    packages = (*_SERVING_PACKAGES, "peft") if is_adapter else _SERVING_PACKAGES
-    return [f"{name}=={installed_version(name).partition('+')[0]}" for name in packages]
-
-
-def fetch_files(uri: str, location: str, folder: Path) -> Path:
-    """Download the files at an artifact location. Raises TrackingError when MLflow cannot deliver them."""
-    import mlflow
-
-    with speaking_to(uri):
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=str(folder), tracking_uri=uri))

@@ -14,7 +14,8 @@ from fedpipe_core.errors import FedPipeError, IntegrityError, ObjectMissingError
 from fedpipe_core.lineage_schemas import Fault, RoundVerification, RunManifest, Verification
 from fedpipe_core.schemas import FederationPlan, FederationRecord, GlobalRecord
 from tasks.aggregation import StoredRun, combine_updates
-from tasks.lineage import needed_record, object_hashes, store_of, stored_config
+from tasks.lineage import needed_record, store_of, stored_config
+from tasks.manifest import object_hashes
 from tasks.plans import plan_at, plan_keys
 from tasks.records import RunKeys, get_data
 from tasks.registry import ADAPTER_TAG, BASE_TAG, CONFIG_TAG, MANIFEST_TAG, ModelVersion

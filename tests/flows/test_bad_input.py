@@ -116,9 +116,13 @@ def test_missing_slice_column_is_refused_before_training(federation: Path, fedpi
     assert_nothing_written(federation)
 
 
-def test_gguf_of_a_classifier_is_refused_when_the_config_is_read(federation: Path, fedpipe: Command) -> None:
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_gguf_of_a_classifier_is_refused_when_the_config_is_read(
+    federation: Path, fedpipe: Command, command: str
+) -> None:
     config = write_config(federation, **{"release.exports": ["merged", "gguf-q8_0"]})
-    assert_refused(fedpipe("run", config), "release.exports has gguf-q8_0, which holds language models alone", lines=2)
+    words = "release.exports has gguf-q8_0, which holds language models alone; name int8 or nf4 instead"
+    assert_refused(fedpipe(command, config), words, lines=2)
     assert_nothing_written(federation)
 
 

@@ -10,7 +10,7 @@ import pytest
 from commands import Command, invoke
 from tiny_federation import EDGES, write_writers_federation
 
-from tasks.tracking import connect
+from tasks.mlflow_client import connect
 
 READER = """
 import json, sys

@@ -14,10 +14,10 @@ from prefect.client.schemas.filters import (
     FlowRunFilterName,
 )
 from prefect.client.schemas.sorting import FlowRunSort
-from tiny_federation import EDGES, ROUNDS, write_config
+from tiny_federation import EDGES, ROUNDS
 
 from fedpipe_core.schemas import RunResult
-from tasks.tracking import connect
+from tasks.mlflow_client import connect
 
 COST = {"peak_memory_bytes", "round_seconds", "upload_bytes", "download_bytes"}
 METRICS = {"accuracy", "macro_f1", "loss"}
@@ -171,6 +171,7 @@ def test_mlflow_holds_plots_adapter_folder_and_result(finished: FinishedRun) -> 
 
 def test_gate_is_a_table_in_mlflow(finished: FinishedRun) -> None:
     run = finished.result["tracking"]
+    # Not by `load_table`, which asks whatever address is set for the process, and makes a database where none is.
     table = json.loads(Path(connect(run["uri"]).download_artifacts(run["run_id"], "release/gate.json")).read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     checks = finished.result["model"]["decision"]["checks"]
@@ -246,9 +247,9 @@ def test_resuming_a_finished_run_prints_its_result_again(finished: FinishedRun, 
 def test_same_run_on_s3_ends_in_the_same_adapter(
     finished: FinishedRun, fedpipe: Command, s3_root: str, tmp_path: Path
 ) -> None:
-    config = write_config(finished.folder, name="tiny-s3", store=s3_root)
-    local = fedpipe("run", config, "--set", f"store={tmp_path}", "--no-release", "--json")
-    remote = fedpipe("run", config, "--run", "remote", "--json")
+    named = ("run", finished.folder / "federation.yaml", "--set", "name=tiny-s3", "--json")
+    local = fedpipe(*named, "--set", f"store={tmp_path}", "--no-release")
+    remote = fedpipe(*named, "--set", f"store={s3_root}", "--run", "remote")
     assert remote.exit_code == 0, remote.stderr
     assert remote.document["adapter_sha256"] == local.document["adapter_sha256"]
     assert remote.document["exports"][0]["path"].startswith(s3_root)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from commands import Command, FinishedRun
 
-from tasks.tracking import connect
+from tasks.mlflow_client import connect
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 

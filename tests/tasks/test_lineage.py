@@ -8,10 +8,11 @@ from fedpipe_core.errors import IntegrityError, ReleaseError
 from fedpipe_core.schemas import FederationRecord
 from tasks import registry
 from tasks.lineage import needed_record, read_lineage, stored_config
+from tasks.mlflow_client import connect
 from tasks.records import RunKeys
 from tasks.registry import ADAPTER_TAG, ModelVersion
 from tasks.storage import ObjectStore, open_store
-from tasks.tracking import RUN_TAG, STORE_TAG, connect, open_run
+from tasks.tracking import RUN_TAG, STORE_TAG, open_run
 
 KEYS = RunKeys("run")
 

@@ -8,11 +8,12 @@ from tiny_steps import coordinator_at, sessions_of
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ObjectMissingError
 from fedpipe_core.schemas import FederationPlan
-from tasks import edge, federation
+from tasks import edge, federation, reports
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator
-from tasks.lineage import run_manifest
+from tasks.manifest import run_manifest
 from tasks.plans import plan_at, plan_round
+from tasks.records import put_record
 
 
 @pytest.fixture
@@ -44,7 +45,10 @@ def plan(coordinator: Coordinator, sessions: dict[str, EdgeSession]) -> Federati
 def close(coordinator: Coordinator, sessions: dict[str, EdgeSession], plan: FederationPlan, index: int) -> list[str]:
     for edge_id in plan.edges:
         edge.train_round.fn(sessions[edge_id], index)
-    return sorted(federation.aggregate_round.fn(coordinator, plan, index).counted)
+    made = federation.aggregate_round.fn(coordinator, plan, index)
+    record = reports.round_record(coordinator, plan, made, {"loss": 1.0}, 1.0)
+    put_record(coordinator.store, coordinator.keys.round_record(index), record)
+    return sorted(made.counted)
 
 
 def test_edge_joins_in_the_round_after_its_profile_came(
@@ -76,8 +80,6 @@ def test_manifest_lists_the_plan_and_profile_of_an_edge_that_joined(
 ) -> None:
     edge.profile.fn(sessions["east"], coordinator.shape)
     close(coordinator, sessions, plan_round(coordinator, 2), 2)
-    for index in (1, 2):
-        coordinator.store.put(coordinator.keys.round_record(index), b"{}")
     objects = run_manifest(coordinator.store, coordinator.keys, coordinator.config).objects
     assert {"run/plan.json", "run/plans/0002.json", "run/profiles/east.json"} <= set(objects)
 

@@ -1,29 +1,17 @@
-import json
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from tiny_models import save_tiny_model
 
 from fedpipe_core.errors import ReleaseError, TrackingError
 from fedpipe_core.gate import Check, Decision
 from tasks import registry
+from tasks.mlflow_client import connect
 from tasks.registry import ADAPTER_TAG, BASE_TAG, ModelVersion
-from tasks.tracking import TrackedRun, connect, open_run
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "send", "money", "book", "flight", "please", "now"]
-TEXTS = ["send money now", "book flight please", "please"]
+from tasks.tracking import TrackedRun, open_run
 
 
 @pytest.fixture(scope="module")
@@ -34,31 +22,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BERT classifier of 2 layers and hidden size 16 with a tokenizer of ten words."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        id2label={0: "transfer", 1: "travel", 2: "other"},
-        label2id={"transfer": 0, "travel": 1, "other": 2},
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
+    return save_tiny_model(tmp_path_factory.mktemp("model"), "bert")
 
 
 def version(run: TrackedRun, name: str, adapter: str) -> ModelVersion:
@@ -265,58 +229,6 @@ def test_release_cut_short_after_its_announcement_is_completed_by_the_next(run: 
     assert champion_number(run, "cut") == cut.version
 
 
-@pytest.mark.slow
-def test_champion_answers_in_a_process_without_this_project(run: TrackedRun, model_folder: Path) -> None:
-    tags = {ADAPTER_TAG: "a-5", BASE_TAG: "base"}
-    registered = registry.register_model(run, "served", model_folder, tags, "# Card")
-    registry.promote(registered, quality_gate(run))
-    code = f"""
-import json, sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("fedpipe_core", "tasks", "flows"):
-            raise ImportError("imported " + name)
-
-sys.meta_path.insert(0, Refuse())
-import mlflow, pandas
-mlflow.set_tracking_uri({run.uri!r})
-model = mlflow.pyfunc.load_model("models:/served@champion")
-listed = model.predict({TEXTS!r})
-table = model.predict(pandas.DataFrame({{"text": {TEXTS!r}}}))
-assert listed.equals(table)
-print(json.dumps(listed.to_dict("records")))
-"""
-    answer = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
-    assert answer.returncode == 0, answer.stderr
-    rows = json.loads(answer.stdout.splitlines()[-1])
-
-    model = AutoModelForSequenceClassification.from_pretrained(model_folder).eval()
-    with torch.inference_mode():
-        scores = model(**word_tokenizer()(TEXTS, padding=True, return_tensors="pt")).logits.softmax(-1)
-    assert [row["label"] for row in rows] == scores.argmax(-1).tolist()
-    assert [row["label_name"] for row in rows] == [model.config.id2label[row["label"]] for row in rows]
-    assert [row["score"] for row in rows] == pytest.approx(scores.max(-1).values.tolist(), abs=1e-6)
-
-
-def test_version_carries_card_signature_and_pinned_requirements(
-    run: TrackedRun, model_folder: Path, tmp_path: Path
-) -> None:
-    tags = {ADAPTER_TAG: "a-1", BASE_TAG: "base"}
-    registered = registry.register_model(run, "files", model_folder, tags, "# Card of intents")
-    client = connect(run.uri)
-    kept = client.get_model_version("files", str(registered.version))
-    assert kept.description == "# Card of intents"
-    assert kept.run_id == run.run_id
-    location = Path(client.get_model_version_download_uri("files", str(registered.version)).removeprefix("file://"))
-    files = {str(path.relative_to(location)) for path in location.rglob("*") if path.is_file()}
-    assert {"MLmodel", "README.md", "serving_model.py", "input_example.json"} <= files
-    assert any(name.startswith("artifacts/") and name.endswith("model.safetensors") for name in files)
-    requirements = (location / "requirements.txt").read_text().split()
-    assert {line.partition("==")[0] for line in requirements} == {"mlflow", "torch", "transformers", "safetensors"}
-    assert not any("+" in line for line in requirements)
-
-
 def test_same_adapter_is_not_registered_twice(run: TrackedRun, model_folder: Path) -> None:
     tags = {ADAPTER_TAG: "a-1", BASE_TAG: "base"}
     first = registry.register_model(run, "twice", model_folder, tags, "# Card")
@@ -334,9 +246,3 @@ def test_upload_that_fails_leaves_no_version_and_a_failed_model(model_folder: Pa
     client = connect(run.uri)
     experiment_id = client.get_run(run.run_id).info.experiment_id
     assert [str(model.status) for model in client.search_logged_models([experiment_id])] == ["FAILED"]
-
-
-def test_folder_without_a_model_is_refused(run: TrackedRun, tmp_path: Path) -> None:
-    with pytest.raises(ReleaseError, match=r"missing holds no config\.json"):
-        registry.register_model(run, "failed", tmp_path / "missing", {ADAPTER_TAG: "a", BASE_TAG: "b"}, "# Card")
-    assert registry.versions(run.uri, "failed") == []

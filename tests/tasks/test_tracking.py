@@ -1,8 +1,4 @@
 import json
-import socket
-import subprocess
-import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,10 +7,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from fedpipe_core.config import TrackingSpec
-from fedpipe_core.errors import IntegrityError, TrackingError
+from fedpipe_core.errors import IntegrityError
 from fedpipe_core.predictions import Predictions
 from tasks import tracking
-from tasks.tracking import TrackedRun, connect, open_run
+from tasks.mlflow_client import connect
+from tasks.tracking import TrackedRun, open_run
 
 
 @pytest.fixture(scope="module")
@@ -163,35 +160,3 @@ def test_predictions_under_a_wrong_hash_are_refused(run: TrackedRun) -> None:
     tracking.log_text(run, predictions("a" * 64).to_json(), f"predictions/{'b' * 64}.json")
     with pytest.raises(IntegrityError, match="evaluate the model again"):
         tracking.load_predictions(run.uri, run.run_id, "b" * 64)
-
-
-def test_server_that_does_not_answer_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        port = reserved.getsockname()[1]
-        with pytest.raises(TrackingError, match=rf"MLflow at http://127\.0\.0\.1:{port} did not answer"):
-            open_run(f"http://user:secret@127.0.0.1:{port}", "x", "run-1", {}, {})
-
-
-def test_database_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(TrackingError, match="MLflow at sqlite"):
-        open_run(f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}", "x", "run-1", {}, {})
-
-
-def test_importing_the_module_imports_no_mlflow() -> None:
-    code = "import sys, tasks.tracking, tasks.registry; sys.exit('mlflow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_connection_made_early_is_the_one_used_later(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/early.db"
-    tracking.connect_early(uri)
-    for thread in threading.enumerate():
-        if thread.name == "MLflow":
-            thread.join()
-    known = connect.cache_info().hits
-    open_run(uri, "early", "run", {}, {})
-    assert connect.cache_info().hits > known
-    assert (tmp_path / "early.db").is_file()

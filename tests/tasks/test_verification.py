@@ -9,7 +9,8 @@ import pytest
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ReleaseError, StoreError
 from fedpipe_core.schemas import FederationRecord, GlobalRecord
-from tasks.lineage import needed_record, run_manifest
+from tasks.lineage import needed_record
+from tasks.manifest import run_manifest
 from tasks.records import RunKeys, put_record
 from tasks.registry import ADAPTER_TAG, BASE_TAG, CONFIG_TAG, MANIFEST_TAG, ModelVersion
 from tasks.storage import ObjectStore, open_store
@@ -152,17 +153,6 @@ def test_version_of_another_adapter_is_told(store: ObjectStore, version: ModelVe
     [fault] = verify_version(version).faults
     assert fault.subject == KEYS.global_record(3)
     assert "but the version was made of 000" in fault.found
-
-
-def test_late_update_is_no_part_of_what_is_verified(
-    store: ObjectStore, version: ModelVersion, tiny_config: FederationConfig
-) -> None:
-    before = run_manifest(store, KEYS, tiny_config)
-    made = needed_record(store, KEYS.global_record(3), GlobalRecord)
-    document = made.model_copy(update={"refused": {}, "dropped": {"north": "no answer"}}).model_dump_json()
-    store.put(KEYS.global_record(3), document.encode())
-    assert KEYS.update_record(2, "north") not in run_manifest(store, KEYS, tiny_config).objects
-    assert KEYS.update_record(2, "north") in before.objects
 
 
 def test_run_without_a_plan_is_one_fault(store: ObjectStore, version: ModelVersion) -> None:

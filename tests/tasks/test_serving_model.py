@@ -19,9 +19,10 @@ from fedpipe_core.config import ModelSpec
 from fedpipe_core.export import EXPORT_SCHEMES, TunedModel, merge
 from fedpipe_core.model import adaptable_modules, load_base
 from tasks import registry
+from tasks.mlflow_client import connect
 from tasks.registry import ADAPTER_TAG, BASE_TAG
 from tasks.serving_model import base_sha256 as served_base_sha256
-from tasks.tracking import TrackedRun, connect, open_run
+from tasks.tracking import TrackedRun, open_run
 
 pytestmark = pytest.mark.slow
 
@@ -37,10 +38,13 @@ sys.meta_path.insert(0, Refuse())
 """
 ASK = """
 import json, sys
-import mlflow
+import mlflow, pandas
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.pyfunc.load_model(sys.argv[2])
-print(json.dumps(model.predict(json.loads(sys.argv[3])).to_dict("records")))
+texts = json.loads(sys.argv[3])
+answers = model.predict(texts)
+assert answers.equals(model.predict(pandas.DataFrame({"text": texts})))
+print(json.dumps(answers.to_dict("records")))
 """
 
 
