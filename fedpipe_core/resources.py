@@ -77,11 +77,11 @@ def measured_step_cost(
     """Time a few steps of five kinds and solve for the coefficients of `StepCost`, none below 0.
 
     The kinds: no adapter, and adapters of two ranks on every module, with the large batch; the lower rank with the
-    small batch; and the head alone, whose gradients reach no block, for what the forward pass takes. `small` and `large` are batches of the edge's own data. Each kind counts with the fastest of its steps,
-    since other work can only slow one down. `bits` are the widths that a plan may choose, of which the quantized ones
-    are priced by what dequantization takes; on a quantized `base` that is taken off what was measured, so that the
-    coefficients are a dense base's. `clock` gives seconds: wall time, which a round is made of, or another that a
-    comparison needs.
+    small batch; and the head alone, whose gradients reach no block, for what the forward pass takes. `small` and
+    `large` are batches of the edge's own data. Each kind counts with the fastest of its steps, since other work can
+    only slow one down. `bits` are the widths that a plan may choose, of which the quantized ones are priced by what
+    dequantization takes; on a quantized `base` that is taken off what was measured, so that the coefficients are a
+    dense base's. `clock` gives seconds: wall time, which a round is made of, or another that a comparison needs.
     """
     low, high = TIMED_RANKS
     quantized = sorted((width for width in {*bits, bits_of(base)} if width < 16), reverse=True)
@@ -179,7 +179,7 @@ def _plain_step(base: nn.Module) -> Callable[[Mapping[str, Tensor]], None]:
     return _step(model, head_parameters(model).values())
 
 
-def _forward_step(base: nn.Module) -> Callable[[Mapping[str, Tensor]], None]:
+def _forward_step(base: nn.Module) -> Callable[[Mapping[str, Tensor]], Any]:
     """One step of a throw-away instance whose gradients end at its head, or that has none where there is no head."""
     model = share(base)
     own_head(model)
