@@ -4,7 +4,7 @@ How a config is read from a file, and how its faults are told, is `fedpipe_core.
 Importing this module imports no torch, so the command line answers at once.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,6 +17,7 @@ from fedpipe_core.config_inputs import (
     ModelSpec,
     PartitionSpec,
 )
+from fedpipe_core.config_methods import FedAdapterSpec, Method, method_faults, with_method_defaults
 from fedpipe_core.config_remote import PublicKey, RemoteSpec, SigningSpec
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "EdgeSpec",
     "EvaluationSpec",
     "ExchangeSpec",
+    "FedAdapterSpec",
     "FederationConfig",
     "GenerationMetric",
     "GenerationSpec",
@@ -47,7 +49,6 @@ __all__ = [
 ]
 
 AggregationRule = Literal["delta_svd", "fedavg", "rankwise", "hetlora", "flexlora", "raflora", "ffa", "flora_stack"]
-Method = Literal["fedpipe", "fedlora"]
 ExportName = Literal["adapter", "merged", "int8", "nf4", "nf4+adapter", "gguf-f16", "gguf-q8_0", "auto"]
 Metric = Literal["accuracy", "macro_f1", "loss", "perplexity", "token_accuracy", GenerationMetric]
 ImportanceMethod = Literal["adalora", "gradient_spectrum", "uniform", "random", "last_layers"]
@@ -174,6 +175,11 @@ class PlanningSpec(Spec):
     checkpointing: Literal["auto", "never"] = Field(
         "auto", description="`auto` lets the planner recompute activations on an edge whose memory is short"
     )
+    unfit_edges: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="What becomes of an edge for which no plan fits: `refuse` ends the run and names it, `drop` goes "
+        "on without it",
+    )
     solver: Literal["milp", "greedy"] = Field("milp", description="`milp` refines the greedy plan with an exact solver")
     solver_seconds: float = Field(
         60.0, gt=0, le=86400, description="Time limit of `milp` over all edges; edges it does not reach stay greedy"
@@ -293,9 +299,12 @@ class FederationConfig(Spec):
     name: Name = Field(description="Name of the federation; runs, experiment and model are named after it")
     method: Method = Field(
         "fedpipe",
-        description="`fedpipe` plans every edge by its resources and importance; `fedlora` is the uniform baseline: "
-        "one rank on all attention projections and one batch size, the largest the weakest edge can hold",
+        description="`fedpipe` plans every edge by its resources and importance. The others are baselines, one plan "
+        "for all edges, the largest that the weakest can hold: `fedlora` is one rank on all attention projections, "
+        "`full` trains and averages every parameter, `fedadapter` puts bottlenecks into the last blocks, which side "
+        "trials grow",
     )
+    fedadapter: FedAdapterSpec = FedAdapterSpec()
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything random")
     rounds: int = Field(3, ge=1, le=10000, description="Rounds of training and aggregation")
     min_edges: int = Field(1, ge=1, description="Fewest updates that make a round count")
@@ -339,10 +348,15 @@ class FederationConfig(Spec):
         own = next((edge.public_key for edge in self.remote_edges if edge.edge_id == edge_id), self.coordinator_signs)
         return own if self.signing.mode == "required" else None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in_by_the_method(cls, document: Any) -> Any:
+        return with_method_defaults(document)
+
     @model_validator(mode="after")
     def _edges_fit_together(self) -> "FederationConfig":
         faults = [*_edge_faults(self), *_partition_faults(self), *_rule_faults(self), *_task_faults(self)]
-        faults += _signing_faults(self)
+        faults += [*_signing_faults(self), *method_faults(self)]
         if faults:
             raise ValueError("; ".join(faults))
         return self

@@ -51,14 +51,15 @@ def read_saved_plan(path: Path) -> SavedPlan:
 def _planned(coordinator: Coordinator, save: str | None) -> tuple[dict[str, Any], bool]:
     profiles, keys = federation.read_profiles(coordinator), coordinator.keys
     infeasible = infeasible_edges(coordinator.shape, profiles, coordinator.config)
-    if infeasible:
+    if infeasible and (coordinator.config.planning.unfit_edges == "refuse" or len(infeasible) == len(profiles)):
         return {"run": keys.run, "plan": {}, "infeasible": infeasible, "totals": None}, True
     plan = federation.plan(coordinator)
     create_table_artifact(reports.plan_rows(plan), key="plan", description=f"Plan of {coordinator.config.name}")
     if save is not None:
         _save(SavedPlan(plan=plan, profiles=profiles), Path(save))
     edges = {edge_id: report.model_dump(mode="json") for edge_id, report in _reports(coordinator, plan).items()}
-    return {"run": keys.run, "plan": edges, "infeasible": {}, "totals": _totals(plan, coordinator.config.rounds)}, False
+    totals = _totals(plan, coordinator.config.rounds)
+    return {"run": keys.run, "plan": edges, "infeasible": plan.dropped, "totals": totals}, False
 
 
 def _reports(coordinator: Coordinator, plan: FederationPlan) -> dict[str, Any]:

@@ -18,8 +18,8 @@ SQLITE = "sqlite:///"
 
 def plan_table(document: dict[str, Any]) -> str:
     """What `fedpipe plan` prints: a row an edge, and the run's totals; or why an edge has no plan."""
-    if document["infeasible"]:
-        reasons = [f"  {reason}" for reason in document["infeasible"].values()]
+    reasons = [f"  {reason}" for reason in document["infeasible"].values()]
+    if not document["plan"]:
         return "No feasible plan for:\n" + "\n".join(reasons)
     totals = document["totals"]
     rows = [_plan_row(edge_id, edge) for edge_id, edge in document["plan"].items()]
@@ -28,6 +28,7 @@ def plan_table(document: dict[str, Any]) -> str:
         f"{text_table(header, rows)}\n\n"
         f"deadline of a round {totals['deadline_seconds']:.1f} s; whole run {totals['seconds']:.1f} s, "
         f"{totals['upload_bytes'] / MIB:.1f} MiB up, {totals['download_bytes'] / MIB:.1f} MiB down"
+        + ("\nleft out, since no plan fits:\n" + "\n".join(reasons) if reasons else "")
     )
 
 
@@ -87,7 +88,7 @@ def _release_lines(result: RunResult) -> list[str]:
 
 def _plan_row(edge_id: str, edge: dict[str, Any]) -> tuple[str, ...]:
     ranks, cost = sorted(edge["ranks"].values()), edge["predicted"]
-    groups = " ".join(f"{ranks.count(rank)}×{rank}" for rank in sorted(set(ranks)))
+    groups = " ".join(f"{ranks.count(rank)}×{rank}" for rank in sorted(set(ranks))) or "all"
     numbers = (edge["base_bits"], edge["batch_size"], edge["local_steps"])
     sizes = (
         f"{cost['peak_memory_bytes'] / MIB:.0f}",

@@ -8,9 +8,9 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from prefect import get_run_logger, task
@@ -25,8 +25,10 @@ from fedpipe_core.data import fingerprint, split_validation
 from fedpipe_core.edge_model import EdgeModel, load_adapter, read_adapter
 from fedpipe_core.errors import FedPipeError, IntegrityError, UpdateRefusedError
 from fedpipe_core.evaluation import metrics_of, predict
+from fedpipe_core.forms import InstanceSpec
 from fedpipe_core.low_rank import LowRank
 from fedpipe_core.memory import training_memory_bytes
+from fedpipe_core.methods import METHODS
 from fedpipe_core.model import Base, base_shape, load_base, model_shape
 from fedpipe_core.partition import load_edge_examples
 from fedpipe_core.profiling import EdgeData, Limits, declared_limits, probe_batch, profile_edge
@@ -132,8 +134,26 @@ class EdgeSession:
         """Whether there is a plan that has this edge."""
         return self._find_plan() is not None
 
-    def _find_plan(self) -> FederationPlan | None:
-        for key in (self.keys.plan, *self.store.list(self.keys.joined_plans)):
+    def is_ready(self, round_index: int) -> bool:
+        """Whether the plan of a round that has an adapter is there as well; sizes that change have one every round."""
+        tries = METHODS[self.config.method].trials and round_index > 1
+        return not tries or self.store.exists(self.keys.joined_plan(round_index))
+
+    def begin_round(self, round_index: int) -> None:
+        """Take over the plan that holds in a round, where sizes change: one of other ranks takes another instance."""
+        if not METHODS[self.config.method].trials:
+            return
+        known = self.__dict__.pop("federation_plan", None)
+        later = [key for key in self.store.list(self.keys.joined_plans) if int(PurePosixPath(key).stem) <= round_index]
+        plan = self._find_plan([*reversed(later), self.keys.plan])
+        if plan is None or known is None or plan.edges[self.edge_id].ranks != known.edges[self.edge_id].ranks:
+            self.__dict__.pop("design", None)
+            self.peak_memory_bytes = None
+        if plan is not None:
+            self.federation_plan = plan
+
+    def _find_plan(self, keys: Sequence[str] = ()) -> FederationPlan | None:
+        for key in keys or (self.keys.plan, *self.store.list(self.keys.joined_plans)):
             plan = get_shared_record(self.store, key, FederationPlan, self.config.coordinator_signs)
             if plan is not None and self.edge_id in plan.edges:
                 return plan
@@ -194,20 +214,20 @@ class EdgeSession:
 
     @functools.cached_property
     def design(self) -> ModelDesign:
-        """What the edge's adapters and head on the planned base are like."""
+        """What the edge's instance of the planned base carries."""
         rule = self.config.aggregation.rule
         cap = self.config.aggregation.rank_cap if aggregation_rules.has_frozen_tail(rule) else 0
         if rule == "flora_stack":
             cap += self.federation_plan.largest_rank  # all that was learned is frozen, so every module has a tail
-        return ModelDesign(
-            base=shared_base(self.config, self.plan.base_bits),
-            ranks=tuple(sorted(self.plan.ranks.items())),
+        spec = InstanceSpec(
+            ranks=dict(sorted(self.plan.ranks.items())),
             modules=tuple(self.federation_plan.planned_modules),
-            rank_cap=cap,
+            tail_cap=cap,
             scaling=self.config.training.adapter_scaling,
             checkpointing=self.plan.checkpointing,
-            trains_right=rule != "ffa",
+            frozen_right=rule == "ffa",
         )
+        return ModelDesign(shared_base(self.config, self.plan.base_bits), METHODS[self.config.method].form, spec)
 
     def measure_memory(self, model: EdgeModel) -> int:
         """What a step on the edge's longest rows holds, in bytes; measured once."""
@@ -311,6 +331,7 @@ def edge_start(config: FederationConfig, plan: EdgePlan, adapter: Adapter, round
 
 def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
     torch.set_num_threads(session.machine.threads)
+    session.begin_round(round_index)
     config, keys, plan = session.config, session.keys, session.plan
     started, started_at = time.perf_counter(), time.time()
     record, adapter = read_global(session.store, keys, round_index, config.coordinator_signs)
@@ -321,6 +342,7 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
         with progress.working(session.edge_id, f"train round {round_index}", plan.local_steps) as advance:
             metrics = _validate(session, model)
             report = _train(session, model, round_index, advance)
+            trained_metrics = _validate(session, model) if plan.trial else {}
         trained, peak_memory_bytes = read_adapter(model), session.measure_memory(model)
     data, encoded = _encode(session, round_index, start, trained), time.perf_counter()
     if session.store.exists(keys.update_record(round_index, session.edge_id)):  # it vouches for the data that is there
@@ -345,6 +367,7 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
         peak_memory_bytes=peak_memory_bytes,
         download_bytes=record.adapter.size_bytes,
         metrics=metrics,
+        trained_metrics=trained_metrics,
     )
     put_record(session.store, keys.update_record(round_index, session.edge_id), update, session.machine.signing_key)
     return update
