@@ -74,6 +74,29 @@ def plan_trial(
     return plan.model_copy(update={"edges": edges, "round_seconds": limit or slowest})
 
 
+def foreseen_rounds(
+    plan: FederationPlan,
+    base_shape: ModelShape,
+    profiles: Mapping[str, EdgeProfile],
+    config: FederationConfig,
+) -> list[tuple[FederationPlan, int]]:
+    """The plans of a whole run, each with how many rounds it holds for, if every trial's largest candidate wins.
+
+    Nobody can know who wins; this is the dearest way a run can take.
+    """
+    ranks = dict.fromkeys(method_shape(base_shape, config).modules, 0)
+    ranks |= {name: rank for edge in plan.edges.values() for name, rank in edge.ranks.items()}
+    found = [(plan, 1)]
+    for index in range(2, config.rounds + 1):
+        plan = plan_trial(plan, ranks, index, base_shape, profiles, config)
+        tried = [edge.ranks for edge in plan.edges.values() if edge.trial]
+        if not tried and not index % config.fedadapter.trial_rounds:  # nothing larger is left, or fits
+            return [*found, (plan, config.rounds - index + 1)]
+        found.append((plan, 1))
+        ranks |= max(tried, key=lambda candidate: sum(candidate.values()), default={})
+    return found
+
+
 def _price(
     edge: EdgePlan,
     ranks: Ranks,

@@ -10,7 +10,7 @@ from fedpipe_core.low_rank import LowRank
 from fedpipe_core.methods import bottleneck_places, bottleneck_size, bottlenecks
 from fedpipe_core.planning import plan_federation
 from fedpipe_core.schemas import DataReference, FederationPlan, UpdateRecord
-from fedpipe_core.trials import candidates, plan_trial, settled, winner
+from fedpipe_core.trials import candidates, foreseen_rounds, plan_trial, settled, winner
 
 ENCODER = small_encoder()
 PLACES = bottleneck_places(ENCODER)
@@ -139,3 +139,27 @@ def test_one_edge_alone_tries_nothing():
     alone = {"east": make_profile(ENCODER, "east", memory_bytes=GIB)}
     plan = plan_trial(plan_federation(ENCODER, alone, config), START, 2, ENCODER, alone, config)
     assert plan.edges["east"].ranks == START
+
+
+def foreseen(rounds: int, **limits: int):
+    config = make_config(EDGES, **FEDADAPTER, rounds=rounds, fedadapter=limits)
+    first = plan_federation(ENCODER, profiles(), config)
+    return first, foreseen_rounds(first, ENCODER, profiles(), config)
+
+
+def test_a_run_is_foreseen_with_its_trials_and_the_growth_they_can_bring():
+    first, found = foreseen(4)
+    assert found[0] == (first, 1)
+    assert {e: p.ranks for e, p in found[1][0].edges.items()} == {e: p.ranks for e, p in trial().edges.items()}
+    slowest = [max(edge.predicted.round_seconds for edge in plan.edges.values()) for plan, _ in found]
+    assert slowest[0] < slowest[1] < slowest[2] < slowest[3]
+    assert [rounds for _, rounds in found] == [1, 1, 1, 1]
+
+
+def test_rounds_after_the_last_growth_are_foreseen_at_once():
+    _, found = foreseen(1000, largest_width=16)
+    assert sum(rounds for _, rounds in found) == 1000
+    assert len(found) < 2 * PLACES.num_blocks + 4
+    last = found[-1][0]
+    assert not any(edge.trial for edge in last.edges.values())
+    assert {bottleneck_size(PLACES, edge.ranks) for edge in last.edges.values()} == {(PLACES.num_blocks, 16)}

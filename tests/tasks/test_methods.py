@@ -4,11 +4,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tiny_federation import EDGES
-from tiny_steps import coordinator_at, prepare, sessions_of
+from tiny_federation import EDGES, write_writers_federation
+from tiny_steps import coordinator_at, finish_rounds, prepare, sessions_of
 
 from fedpipe_core.config import FederationConfig
-from fedpipe_core.config_file import parse_config
+from fedpipe_core.config_file import load_config, parse_config
 from fedpipe_core.errors import ConfigError, PlanError
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.methods import bottleneck_places, bottleneck_size
@@ -17,16 +17,28 @@ from flows.release import require_releasable
 from tasks import edge, federation, plans
 from tasks.federation import Coordinator
 from tasks.records import get_record
+from tasks.status import unreleased_runs
 
 ROUNDS = 4
 METHODS = ["fedpipe", "fedlora", "full", "fedadapter"]
+WRITERS = ["full of writers", "fedadapter of writers"]
+
+
+@pytest.fixture(scope="session")
+def writers_config(tmp_path_factory: pytest.TempPathFactory) -> FederationConfig:
+    """A config whose model writes."""
+    quick = {"planning.importance": "uniform", "training.learning_rate": 0.03}
+    return load_config(write_writers_federation(tmp_path_factory.mktemp("writers"), **quick))
 
 
 @pytest.fixture
-def method_config(tiny_config: FederationConfig, request: pytest.FixtureRequest) -> FederationConfig:
-    """The tiny federation under the method that the test names."""
-    document = tiny_config.model_dump(mode="json", exclude_unset=True)
-    document |= {"method": request.param, "rounds": ROUNDS}
+def method_config(
+    tiny_config: FederationConfig, writers_config: FederationConfig, request: pytest.FixtureRequest
+) -> FederationConfig:
+    """The tiny federation under the method that the test names; `METHOD of writers` is that of a language model."""
+    method, _, task = request.param.partition(" of ")
+    document = (writers_config if task else tiny_config).model_dump(mode="json", exclude_unset=True)
+    document |= {"method": method, "rounds": ROUNDS}
     document["data"] |= {"validation_fraction": 0.25}
     document["training"] |= {"examples_per_round": 96}
     return parse_config(document, "the test's config")
@@ -53,7 +65,7 @@ def global_record(coordinator: Coordinator, index: int) -> GlobalRecord:
 
 
 @pytest.mark.usefixtures("run_logger_off")
-@pytest.mark.parametrize("method_config", METHODS, indirect=True)
+@pytest.mark.parametrize("method_config", [*METHODS, *WRITERS], indirect=True)
 def test_rounds_learn_and_depend_on_neither_order_nor_a_warm_session(
     method_config: FederationConfig, tmp_path: Path
 ) -> None:
@@ -65,7 +77,7 @@ def test_rounds_learn_and_depend_on_neither_order_nor_a_warm_session(
 
 
 @pytest.mark.usefixtures("run_logger_off")
-@pytest.mark.parametrize("method_config", ["full", "fedadapter"], indirect=True)
+@pytest.mark.parametrize("method_config", ["full", "fedadapter", *WRITERS], indirect=True)
 def test_predicted_bytes_and_memory_are_those_of_the_records(method_config: FederationConfig, tmp_path: Path) -> None:
     coordinator = run_rounds(method_config, tmp_path)
     plan = plans.plan_at(coordinator.store, coordinator.keys, ROUNDS)
@@ -142,3 +154,12 @@ def test_a_method_that_nothing_loads_is_refused_a_release_before_it_trains(
         return
     with pytest.raises(ConfigError, match=r"method fedadapter has no release: .*; run it with --no-release"):
         require_releasable(method_config)
+
+
+@pytest.mark.usefixtures("run_logger_off")
+@pytest.mark.parametrize("method_config", ["full", "fedadapter"], indirect=True)
+def test_a_run_that_can_have_no_release_does_not_wait_for_one(method_config: FederationConfig, tmp_path: Path) -> None:
+    coordinator = coordinator_at(method_config.model_copy(update={"rounds": 1}), tmp_path)
+    sessions = sessions_of(coordinator)
+    finish_rounds(coordinator, sessions, prepare(coordinator, sessions))
+    assert unreleased_runs(str(tmp_path)) == (["run"] if method_config.method == "full" else [])
