@@ -69,7 +69,7 @@ class Bench:
     def __init__(self, task: Task, results: Results):
         self.task, self.results = task, results
         first = Case(HOMOGENEOUS, next(iter(task.partitions)), FEDPIPE, task.rates[0])
-        self._core = core_of(make_config(task, first), results, "a core")
+        self._core = core_of(make_config(task, first), results)
 
     def run(self, case: Case) -> Run:
         """The run of a case."""

@@ -74,7 +74,7 @@ class Yardstick:
 YARDSTICK_PASSES = 4
 
 
-def core_of(config: FederationConfig, results: Results, name: str) -> tuple[StepCost, Yardstick]:
+def core_of(config: FederationConfig, results: Results) -> tuple[StepCost, Yardstick]:
     """What a step costs on a core of this machine: measured once and kept, so that plans and clocks stay the same."""
     session = EdgeSession(config, config.edges[0], None, None)  # type: ignore[arg-type]  # neither is used
     base = dense_base(config).model
@@ -90,7 +90,7 @@ def core_of(config: FederationConfig, results: Results, name: str) -> tuple[Step
         yardstick = median(thread_seconds(step) for _ in range(9))
         return {"step_cost": cost.model_dump(mode="json"), "yardstick_seconds": yardstick}
 
-    kept = results.kept(name, "", measure)
+    kept = results.kept("a core", "", measure)
     return StepCost.model_validate(kept["step_cost"]), Yardstick(step, kept["yardstick_seconds"])
 
 
@@ -208,6 +208,7 @@ def _round(coordinator: Coordinator, everyone: Sequence[EdgeSession], index: int
     sessions = [session for session in everyone if session.edge_id in plan.edges]
     for session in sessions:
         session.begin_round(index)
+        session.peak_memory_bytes = 0  # not measured while the clock runs
         with lent_model(session.design):  # built before the clock runs, for every method
             pass
     work = _on_all(sessions, setting, lambda session: edge.train_round.fn(session, index))

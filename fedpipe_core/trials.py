@@ -93,7 +93,9 @@ def foreseen_rounds(
         if not tried and not index % config.fedadapter.trial_rounds:  # nothing larger is left, or fits
             return [*found, (plan, config.rounds - index + 1)]
         found.append((plan, 1))
-        ranks |= max(tried, key=lambda candidate: sum(candidate.values()), default={})
+        if tried:
+            largest = max(tried, key=lambda candidate: sum(candidate.values()))
+            ranks |= largest
     return found
 
 

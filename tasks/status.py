@@ -23,7 +23,8 @@ def unreleased_runs(root: str) -> list[str]:
 
 def _waits_for_release(store: ObjectStore, keys: RunKeys) -> bool:
     record = get_record(store, keys.federation, FederationRecord)
-    if record is None or METHODS[record.config.get("method", "fedpipe")].unreleased:
+    unreleased = [name for name, traits in METHODS.items() if traits.unreleased]
+    if record is None or record.config.get("method") in unreleased:
         return False
     done = len(closed_rounds(store, keys)) == record.config.get("rounds")
     return done and not store.exists(keys.release("report.json"))
