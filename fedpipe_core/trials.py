@@ -82,7 +82,7 @@ def foreseen_rounds(
 ) -> list[tuple[FederationPlan, int]]:
     """The plans of a whole run, each with how many rounds it holds for, if every trial's largest candidate wins.
 
-    Nobody can know who wins; this is the dearest way a run can take.
+    Nobody can know who wins; few ways that a run can take are dearer.
     """
     ranks = dict.fromkeys(method_shape(base_shape, config).modules, 0)
     ranks |= {name: rank for edge in plan.edges.values() for name, rank in edge.ranks.items()}
