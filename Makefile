@@ -18,7 +18,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS ?= 120
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: help install demo test quick check format lint types layers clean
+.PHONY: help install demo evidence test quick check format lint types layers clean
 
 help: ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## tune MiniLM on CLINC150 across four edges, to a registered and promoted model (a few minutes)
 	$(BIN)/fedpipe run examples/intents/federation.yaml
+
+evidence: $(STAMP) ## run FedPipe beside full fine-tuning, uniform LoRA and FedAdapter, the reduced set (half an hour)
+	$(BIN)/python benchmarks/evidence.py --reduced
 
 test: $(STAMP) ## run all tests, two at a time
 	$(BIN)/pytest $(TWO_AT_A_TIME)

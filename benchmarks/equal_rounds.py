@@ -14,8 +14,8 @@ from statistics import median
 import torch
 from common import Check, at_most, finish, markdown_table, parser
 from federations import INTENTS, Run, config_hash, results_of
-from simulated_clock import Setting, simulate, spread
-from time_to_accuracy import COMMON, FEDLORA, FEDPIPE, METHODS, core_of
+from simulated_clock import Setting, core_of, simulate, spread
+from time_to_accuracy import COMMON, FEDLORA, FEDPIPE, METHODS
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.config_file import load_config
@@ -89,7 +89,7 @@ def main() -> None:
     options = options_parser.parse_args()
     torch.set_num_threads(1)
     results = results_of("equal_rounds", options.quick)
-    setting = Setting(20.0 if options.quick else BUDGET_SECONDS, SLOWDOWNS, *core_of(results))
+    setting = Setting(20.0 if options.quick else BUDGET_SECONDS, SLOWDOWNS, *core_of(make_config(FEDPIPE, 0), results))
     rows = []
     for method in (FEDPIPE, FEDLORA):
         configs = [make_config(method, seed) for seed in (SEEDS[:1] if options.quick else SEEDS)]

@@ -13,26 +13,29 @@ import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from federations import COMMIT, Run
+from federations import COMMIT, Results, Run
 from prefect.logging import disable_run_logger
 
 from fedpipe_core.batches import TokenizedExamples
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.evaluation import metrics_of
+from fedpipe_core.methods import method_shape
 from fedpipe_core.planning import plan_federation
-from fedpipe_core.profiling import EdgeData
-from fedpipe_core.schemas import EdgeProfile, FederationPlan, SavedPlan, StepCost
+from fedpipe_core.profiling import EdgeData, probe_batch, probe_sizes
+from fedpipe_core.resources import measured_step_cost
+from fedpipe_core.schemas import EdgeProfile, FederationPlan, SavedPlan, StepCost, UpdateRecord
 from tasks import edge, federation
-from tasks.edge import EdgeSession
+from tasks.edge import EdgeSession, dense_base
 from tasks.edge_models import lent_model
 from tasks.federation import Coordinator, read_profiles
+from tasks.plans import plan_at, plan_round
 from tasks.records import RunKeys
 from tasks.storage import open_store
 
@@ -42,12 +45,16 @@ _HELD_OUT: dict[str, TokenizedExamples] = {}
 
 @dataclass(frozen=True)
 class Setting:
-    """The simulated time every method gets, edges' slowdowns against a core of this machine, and that core's cost."""
+    """The simulated time every method gets, edges' slowdowns against a core of this machine, and that core's cost.
+
+    With `strict` no round counts that ends after the budget.
+    """
 
     budget_seconds: float
     slowdowns: Mapping[str, float]
     step_cost: StepCost
     yardstick: "Yardstick"
+    strict: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +69,29 @@ class Yardstick:
         before = thread_seconds(self.step)
         taken = thread_seconds(work)
         return taken * 2 * self.seconds / (before + thread_seconds(self.step))
+
+
+YARDSTICK_PASSES = 4
+
+
+def core_of(config: FederationConfig, results: Results) -> tuple[StepCost, Yardstick]:
+    """What a step costs on a core of this machine: measured once and kept, so that plans and clocks stay the same."""
+    session = EdgeSession(config, config.edges[0], None, None)  # type: ignore[arg-type]  # neither is used
+    base = dense_base(config).model
+    small, large = (probe_batch(session.data.train, size) for size in probe_sizes(config.planning.batch_sizes))
+
+    @torch.inference_mode()
+    def step() -> None:
+        for _ in range(YARDSTICK_PASSES):
+            base(input_ids=large["input_ids"], attention_mask=large["attention_mask"])
+
+    def measure() -> Run:
+        cost = measured_step_cost(base, small, large, config.model.bits, time.thread_time, whole=True)
+        yardstick = median(thread_seconds(step) for _ in range(9))
+        return {"step_cost": cost.model_dump(mode="json"), "yardstick_seconds": yardstick}
+
+    kept = results.kept("a core", "", measure)
+    return StepCost.model_validate(kept["step_cost"]), Yardstick(step, kept["yardstick_seconds"])
 
 
 def thread_seconds(work: Callable[[], None]) -> float:
@@ -86,10 +116,13 @@ def simulate(config: FederationConfig, setting: Setting) -> Run:
         federation.publish_first_adapter.fn(coordinator, plan)
         clock, rounds = profile_seconds + planning_seconds, []
         for index in range(config.rounds):
-            rounds.append(_round(coordinator, sessions, plan, index + 1, setting))
-            clock += rounds[-1]["seconds"]
-            rounds[-1]["clock"] = round(clock, 3)
-        final = metrics_of(federation.evaluate.fn(coordinator, config.rounds + 1, whole=True))
+            found = _round(coordinator, sessions, index + 1, setting)
+            clock += found["seconds"]
+            if setting.strict and clock > setting.budget_seconds:
+                break
+            rounds.append({**found, "clock": round(clock, 3)})
+        final = metrics_of(federation.evaluate.fn(coordinator, len(rounds) + 1, whole=True))
+        plan = plan_at(coordinator.store, coordinator.keys, max(1, len(rounds)))
     return {
         "commit": COMMIT,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
@@ -97,6 +130,7 @@ def simulate(config: FederationConfig, setting: Setting) -> Run:
         "profile_seconds": round(profile_seconds, 3),
         "planning_seconds": round(planning_seconds, 3),
         "plan": {edge_id: _plan_summary(coordinator, plan, edge_id) for edge_id in plan.edges},
+        "left_out": sorted(plan.dropped),
         "rounds": rounds,
         "final": {name: round(value, 5) for name, value in final.items()},
     }
@@ -116,7 +150,7 @@ def spread(run: Run) -> float:
 def _opened(config: FederationConfig, run: str) -> tuple[Coordinator, list[EdgeSession]]:
     """Coordinator and edges; rows that other federations dealt in the same way are read once."""
     coordinator = Coordinator(config, open_store(config.store), RunKeys(run))
-    data = f"{config.data} {config.seed}"
+    data = f"{config.data} {config.seed} {len(config.edges)} edges"
     coordinator.held_out = _kept(_HELD_OUT, data, lambda: coordinator.held_out)
     sessions = []
     for spec in config.edges:
@@ -151,6 +185,7 @@ def _slower(cost: StepCost, slowdown: float) -> StepCost:
         per_token_feature_seconds=cost.per_token_feature_seconds * slowdown,
         per_token_rank_seconds=cost.per_token_rank_seconds * slowdown,
         forward_share=cost.forward_share,
+        per_parameter_seconds=cost.per_parameter_seconds * slowdown,
         dequantization_seconds={bits: value * slowdown for bits, value in cost.dequantization_seconds.items()},
     )
 
@@ -169,11 +204,13 @@ def _plan_for_budget(
     return config, plan
 
 
-def _round(
-    coordinator: Coordinator, sessions: Sequence[EdgeSession], plan: FederationPlan, index: int, setting: Setting
-) -> Run:
+def _round(coordinator: Coordinator, everyone: Sequence[EdgeSession], index: int, setting: Setting) -> Run:
+    plan = plan_round(coordinator, index)
+    sessions = [session for session in everyone if session.edge_id in plan.edges]
     for session in sessions:
-        with lent_model(session.design):  # built once, before the clock runs, for every method
+        session.begin_round(index)
+        session.peak_memory_bytes = 0  # not measured while the clock runs
+        with lent_model(session.design):  # built before the clock runs, for every method
             pass
     work = _on_all(sessions, setting, lambda session: edge.train_round.fn(session, index))
     made = federation.aggregate_round.fn(coordinator, plan, index)
@@ -190,7 +227,15 @@ def _round(
         "download_bytes": sum(update.download_bytes for update in updates.values()),
         "train_loss": {e: round(update.train_loss, 4) for e, update in updates.items()},
         "dropped": made.dropped,
+        "validation_loss": _mean_validation_loss(updates.values()),
     }
+
+
+def _mean_validation_loss(updates: Iterable[UpdateRecord]) -> float | None:
+    """Loss on the edges' validation rows of what the round started from, weighted by examples."""
+    judged = [(update.num_examples, update.metrics["loss"]) for update in updates if "loss" in update.metrics]
+    total = sum(count for count, _ in judged)
+    return round(sum(count * loss for count, loss in judged) / total, 5) if total else None
 
 
 def _on_all(sessions: Sequence[EdgeSession], setting: Setting, step: Callable[[EdgeSession], None]) -> dict[str, float]:
@@ -206,8 +251,8 @@ def _on_all(sessions: Sequence[EdgeSession], setting: Setting, step: Callable[[E
 
 def _plan_summary(coordinator: Coordinator, plan: FederationPlan, edge_id: str) -> Run:
     found = plan.edges[edge_id]
-    shapes = coordinator.shape.modules
-    trained = sum(rank * shapes[m].features for m, rank in found.ranks.items())
+    shape = method_shape(coordinator.shape, coordinator.config)
+    trained = sum(rank * shape.modules[m].features for m, rank in found.ranks.items()) or shape.head_parameters
     return {
         "modules": len(found.ranks),
         "rank_sum": sum(found.ranks.values()),

@@ -8,7 +8,6 @@ only prints; `--quick` keeps nothing.
 """
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -16,18 +15,13 @@ from typing import Any
 
 import torch
 from common import Check, at_least, at_most, finish, markdown_table, parser
-from federations import FOLDER, IMAGES, INTENTS, Results, Run, config_hash, results_of
-from simulated_clock import Setting, Yardstick, simulate, spread, thread_seconds, time_to
+from federations import FOLDER, IMAGES, INTENTS, Run, config_hash, results_of
+from simulated_clock import Setting, core_of, simulate, spread, time_to
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.config_file import load_config
-from fedpipe_core.profiling import probe_batch, probe_sizes
-from fedpipe_core.resources import measured_step_cost
-from fedpipe_core.schemas import StepCost
-from tasks.edge import EdgeSession, dense_base
 
 TARGET = 0.85  # accuracy
-YARDSTICK_PASSES = 4
 BUDGET_SECONDS = 90.0
 SEEDS = (0, 1, 2)
 # Slowdown, GiB and Mbit/s of every edge, and its domains.
@@ -102,27 +96,6 @@ def make_config(method: str, seed: int, deal: str = BY_DOMAIN) -> FederationConf
     ]
     document = {"seed": seed, "edges": edges, **DEALS[deal], **COMMON, **METHODS[method]}
     return load_config(INTENTS, [f"{key}={json.dumps(value)}" for key, value in document.items()])
-
-
-def core_of(results: Results) -> tuple[StepCost, Yardstick]:
-    """What a step costs on a core of this machine: measured once and kept, so that plans and clocks stay the same."""
-    config = make_config(FEDPIPE, 0)
-    session = EdgeSession(config, config.edges[0], None, None)  # type: ignore[arg-type]  # neither is used
-    base = dense_base(config).model
-    small, large = (probe_batch(session.data.train, size) for size in probe_sizes(config.planning.batch_sizes))
-
-    @torch.inference_mode()
-    def step() -> None:
-        for _ in range(YARDSTICK_PASSES):
-            base(input_ids=large["input_ids"], attention_mask=large["attention_mask"])
-
-    def measure() -> Run:
-        cost = measured_step_cost(base, small, large, config.model.bits, time.thread_time)
-        yardstick = median(thread_seconds(step) for _ in range(9))
-        return {"step_cost": cost.model_dump(mode="json"), "yardstick_seconds": yardstick}
-
-    kept = results.kept("a core", "", measure)
-    return StepCost.model_validate(kept["step_cost"]), Yardstick(step, kept["yardstick_seconds"])
 
 
 def make_row(method: str, runs: Sequence[Run]) -> Row:
@@ -218,7 +191,7 @@ def main() -> None:
     options = options_parser.parse_args()
     torch.set_num_threads(1)
     results = results_of("time_to_accuracy", options.quick)
-    setting = Setting(10.0 if options.quick else BUDGET_SECONDS, SLOWDOWNS, *core_of(results))
+    setting = Setting(10.0 if options.quick else BUDGET_SECONDS, SLOWDOWNS, *core_of(make_config(FEDPIPE, 0), results))
     runs: dict[str, list[Run]] = {}
     suffix = "" if options.deal == BY_DOMAIN else f"/{options.deal}"
     for seed in SEEDS[: 1 if options.quick else options.seeds]:

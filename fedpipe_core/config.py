@@ -4,11 +4,12 @@ How a config is read from a file, and how its faults are told, is `fedpipe_core.
 Importing this module imports no torch, so the command line answers at once.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from fedpipe_core.config_base import Bits, Name, Rank, Spec
+from fedpipe_core.config_faults import config_faults
 from fedpipe_core.config_inputs import (
     DataSpec,
     EvaluationSpec,
@@ -17,6 +18,8 @@ from fedpipe_core.config_inputs import (
     ModelSpec,
     PartitionSpec,
 )
+from fedpipe_core.config_methods import FedAdapterSpec, Method, with_method_defaults
+from fedpipe_core.config_planning import PlanningSpec, PlanPin
 from fedpipe_core.config_remote import PublicKey, RemoteSpec, SigningSpec
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "EdgeSpec",
     "EvaluationSpec",
     "ExchangeSpec",
+    "FedAdapterSpec",
     "FederationConfig",
     "GenerationMetric",
     "GenerationSpec",
@@ -47,10 +51,8 @@ __all__ = [
 ]
 
 AggregationRule = Literal["delta_svd", "fedavg", "rankwise", "hetlora", "flexlora", "raflora", "ffa", "flora_stack"]
-Method = Literal["fedpipe", "fedlora"]
 ExportName = Literal["adapter", "merged", "int8", "nf4", "nf4+adapter", "gguf-f16", "gguf-q8_0", "auto"]
 Metric = Literal["accuracy", "macro_f1", "loss", "perplexity", "token_accuracy", GenerationMetric]
-ImportanceMethod = Literal["adalora", "gradient_spectrum", "uniform", "random", "last_layers"]
 
 
 class ResourcesSpec(Spec):
@@ -67,17 +69,6 @@ class ResourcesSpec(Spec):
         description="What an optimizer step costs beside its tokens (launches, optimizer), in seconds",
     )
     bandwidth_mbit: float = Field(gt=0, le=1e6, description="Link to the store, in Mbit per second each way")
-
-
-class PlanPin(Spec):
-    """What the planner must keep for one edge; it plans around it."""
-
-    ranks: dict[str, int] | None = Field(
-        None, description="Rank of every adapted module, by module name; all others get none"
-    )
-    batch_size: int | None = Field(None, ge=1, le=65536, description="Examples per optimizer step")
-    local_steps: int | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps per round")
-    base_bits: Bits | None = Field(None, description="Bit width of the base")
 
 
 class EdgeSpec(Spec):
@@ -141,48 +132,6 @@ class TrainingSpec(Spec):
     examples_per_round: int | None = Field(
         None, ge=1, description="Examples each edge should process in a round; its whole shard when left out"
     )
-
-
-class PlanningSpec(Spec):
-    """What the planner may choose from."""
-
-    importance: ImportanceMethod = Field("adalora", description="How modules are scored")
-    profile_steps: int = Field(20, ge=5, le=1000, description="Training steps of the importance profile at each edge")
-    profile_batch_size: int = Field(8, ge=1, le=1024, description="Examples per step of the importance profile")
-    probe_rank: Rank = Field(8, description="Rank of the adapters that the profile trains on every module")
-    ranks: tuple[Rank, ...] = Field((2, 4, 8, 16), min_length=1, description="Ranks the planner may give a module")
-    batch_sizes: tuple[int, ...] = Field(
-        (8, 16, 32), min_length=1, description="Batch sizes, in examples, the planner may choose"
-    )
-    round_seconds: float | None = Field(
-        None,
-        gt=0,
-        description="Deadline of a round in seconds, shared by all edges; chosen by the planner when left out",
-    )
-    under_training_penalty: float = Field(
-        3.0,
-        ge=0,
-        description="Weight of the share of a round's planned examples an edge cannot process before the deadline",
-    )
-    parameter_price: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="What a share of the menu's adapter parameters must bring, as a share of the menu's importance, to "
-        "be trained; 0 trains all that fits",
-    )
-    checkpointing: Literal["auto", "never"] = Field(
-        "auto", description="`auto` lets the planner recompute activations on an edge whose memory is short"
-    )
-    solver: Literal["milp", "greedy"] = Field("milp", description="`milp` refines the greedy plan with an exact solver")
-    solver_seconds: float = Field(
-        60.0, gt=0, le=86400, description="Time limit of `milp` over all edges; edges it does not reach stay greedy"
-    )
-
-    @field_validator("ranks", "batch_sizes")
-    @classmethod
-    def _ascending(cls, values: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(sorted(set(values)))
 
 
 class AggregationSpec(Spec):
@@ -293,9 +242,12 @@ class FederationConfig(Spec):
     name: Name = Field(description="Name of the federation; runs, experiment and model are named after it")
     method: Method = Field(
         "fedpipe",
-        description="`fedpipe` plans every edge by its resources and importance; `fedlora` is the uniform baseline: "
-        "one rank on all attention projections and one batch size, the largest the weakest edge can hold",
+        description="`fedpipe` plans every edge by its resources and importance. The others are baselines, one plan "
+        "for all edges, the largest that the weakest can hold: `fedlora` is one rank on all attention projections, "
+        "`full` trains and averages every parameter, `fedadapter` puts bottlenecks into the last blocks, which side "
+        "trials grow",
     )
+    fedadapter: FedAdapterSpec = FedAdapterSpec()
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything random")
     rounds: int = Field(3, ge=1, le=10000, description="Rounds of training and aggregation")
     min_edges: int = Field(1, ge=1, description="Fewest updates that make a round count")
@@ -339,97 +291,14 @@ class FederationConfig(Spec):
         own = next((edge.public_key for edge in self.remote_edges if edge.edge_id == edge_id), self.coordinator_signs)
         return own if self.signing.mode == "required" else None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in_by_the_method(cls, document: Any) -> Any:
+        return with_method_defaults(document)
+
     @model_validator(mode="after")
     def _edges_fit_together(self) -> "FederationConfig":
-        faults = [*_edge_faults(self), *_partition_faults(self), *_rule_faults(self), *_task_faults(self)]
-        faults += _signing_faults(self)
+        faults = config_faults(self)
         if faults:
             raise ValueError("; ".join(faults))
         return self
-
-
-def _edge_faults(config: FederationConfig) -> list[str]:
-    ids = [edge.edge_id for edge in config.edges]
-    faults = [
-        f"edge_id {edge_id!r} is used {ids.count(edge_id)} times"
-        for edge_id in sorted({i for i in ids if ids.count(i) > 1})
-    ]
-    if config.min_edges > len(ids):
-        faults.append(f"min_edges is {config.min_edges} but only {len(ids)} edges are listed")
-    if config.local_edges and not config.data.train:
-        faults.append(f"data.train is missing, the rows of edge {config.local_edges[0].edge_id!r}; name the file")
-    faults += [
-        f"edge {edge.edge_id!r} names work_queue {edge.work_queue!r} but no work_pool; name the pool it belongs to"
-        for edge in config.local_edges
-        if edge.work_queue is not None
-    ]
-    return faults
-
-
-def _signing_faults(config: FederationConfig) -> list[str]:
-    mode, faults = config.signing.mode, []
-    if mode is None and config.remote_edges:
-        faults.append(
-            "signing.mode is missing, which edges with a work_pool need: `required`, or `off` to trust everyone who "
-            "can write to the store"
-        )
-    if mode == "required" and config.signing.coordinator_key is None:
-        faults.append("signing.coordinator_key is missing; `fedpipe edge keygen FILE` makes one and prints it")
-    if mode == "required":
-        faults += [
-            f"edge {edge.edge_id!r} has no public_key to check its signatures with; have it run `fedpipe edge keygen`"
-            for edge in config.remote_edges
-            if edge.public_key is None
-        ]
-    return faults
-
-
-def _partition_faults(config: FederationConfig) -> list[str]:
-    partition, faults = config.data.partition, []
-    if partition is None and len(config.local_edges) > 1 and "{edge_id}" not in config.data.train:
-        faults.append("data.train is one file for all edges: add data.partition, or put {edge_id} in the path")
-    by_column = partition is not None and partition.by == "column"
-    for edge in config.local_edges:
-        if by_column and not edge.values:
-            faults.append(f"edge {edge.edge_id!r} names no `values` of the partition column")
-        if edge.values and not by_column:
-            faults.append(f"edge {edge.edge_id!r} names `values` but data.partition is not `by: column`")
-    return faults
-
-
-def _rule_faults(config: FederationConfig) -> list[str]:
-    rule = config.aggregation.rule
-    if config.exchange.energy < 1 and rule not in ("delta_svd", "flexlora", "flora_stack"):
-        return [
-            f"exchange.energy below 1 sends directions of the change, which rule {rule} cannot combine; set it to 1"
-        ]
-    return []
-
-
-def _task_faults(config: FederationConfig) -> list[str]:
-    classifies, data = config.model.task == "sequence-classification", config.data
-    faults = []
-    if classifies != (data.format == "label"):
-        needed = "label" if classifies else "completion, messages, instruction or text"
-        faults.append(f"data.format is {data.format}, but model.task {config.model.task} reads rows of format {needed}")
-    if data.format == "text" and config.evaluation.generate is not None:
-        faults.append("evaluation.generate needs prompts, which data.format text has not")
-    if classifies and data.labels is None:
-        faults.append("data.labels, the number of labels, is missing")
-    if classifies and config.training.packing:
-        faults.append("training.packing is for model.task causal-lm; a classifier reads one text per row")
-    gguf = [scheme for scheme in config.release.exports if scheme.startswith("gguf")]
-    if classifies and gguf:
-        faults.append(f"release.exports has {gguf[0]}, which holds language models alone; name int8 or nf4 instead")
-    metrics = _metrics(config)
-    if config.release.metric not in (None, *metrics):
-        faults.append(f"release.metric is {config.release.metric}, which is not measured: {', '.join(metrics)} are")
-    return faults
-
-
-def _metrics(config: FederationConfig) -> tuple[str, ...]:
-    """What is measured on the held-out set."""
-    if config.model.task == "sequence-classification":
-        return ("accuracy", "macro_f1", "loss")
-    written = config.evaluation.generate.metrics if config.evaluation.generate else ()
-    return ("loss", "perplexity", "token_accuracy", *written)

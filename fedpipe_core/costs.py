@@ -4,14 +4,15 @@ It only predicts; `planning` decides, `resources` measures the coefficients. Imp
 
 Units of work: per token and frozen weight a training step makes a forward product and a backward product (for the
 gradient of the input); a trained adapter adds a third (for its own gradient). Gradients stop below the lowest block
-that carries an adapter, so blocks below it cost a forward product and keep no activations.
+that carries an adapter, so blocks below it cost a forward product and keep no activations. Where every parameter is
+trained (`whole`) each weight has the third product and keeps its input, and the optimizer counts by the parameter.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from fedpipe_core.schemas import EdgeProfile, ModelShape, PredictedCost
+from fedpipe_core.schemas import EdgeProfile, ModelShape, ModuleShape, PredictedCost
 
 TRAINED_BYTES = 16  # fp32 weight, gradient and AdamW's two moments
 FROZEN_BYTES = 4  # fp32 weight of the frozen tail
@@ -24,6 +25,7 @@ GRADIENTS_IN_FLIGHT = 2  # of a module's input and output: a formula such as GEL
 SCORED_AT_ONCE = 256  # tokens whose logits a language model holds at once
 LOGIT_BYTES = 12  # float32 logit, its log-probability and gradient; shorter ones come on top
 DEQUANTIZED_FORWARD = 1 / 2  # of the dequantization in a step: once before either product
+WEIGHT_GRADIENT_SHARE = 1 / 2  # of a frozen weight's work in a step, which a trained weight takes beside
 TAIL_SHARE = 2 / 3  # of a trained adapter's work in a step: no gradient of its own
 
 
@@ -47,7 +49,8 @@ class CostModel:
     """Prices work on one edge.
 
     `global_ranks` is the global adapter the edge downloads; what it holds beyond an edge's own rank is the frozen tail.
-    With `frozen_a` edges train B alone, as rule `ffa` has it.
+    With `frozen_a` edges train B alone, as rule `ffa` has it. With `whole` all parameters are trained and travel, which
+    `shape` then counts as its head. `validations` is how often an edge judges its validation rows in a round.
     """
 
     shape: ModelShape
@@ -56,11 +59,13 @@ class CostModel:
     wire_dtype: str = "bf16"
     micro_batch_size: int | None = None
     frozen_a: bool = False
+    whole: bool = False
+    validations: int = 1
 
     def predict(self, work: Work) -> PredictedCost:
         """Price one round of `work`."""
         upload, download = self.upload_bytes(work.ranks), self.download_bytes(work.ranks)
-        lowest = work.lowest_block(self.shape)
+        lowest = 0 if self.whole else work.lowest_block(self.shape)
         return PredictedCost(
             peak_memory_bytes=round(self.peak_memory_bytes(work, lowest)),
             round_seconds=self.idle_seconds(upload + download) + work.local_steps * self.step_seconds(work, lowest),
@@ -114,14 +119,22 @@ class CostModel:
 
     def adapter_activation_bytes(self, module: str, rank: int) -> float:
         """Per token: the module's input, kept because a trained A now needs it, and the adapter's inner values."""
-        inner = float(self.profile.value_bytes * rank)
-        if rank == 0 or self.frozen_a:
-            return inner
-        whole = self.profile.value_bytes * self.shape.modules[module].in_features
-        return inner + self.profile.activation_cost.per_token_module_bytes.get(module, whole)
+        shape = self.shape.modules[module]
+        inner = float(self.profile.value_bytes * rank * shape.inner_values)
+        return inner if rank == 0 or self.frozen_a else inner + self._input_bytes(module, shape)
+
+    def _input_bytes(self, module: str, shape: ModuleShape) -> float:
+        """Per token what keeping a module's input takes, as far as nothing else keeps it."""
+        whole = self.profile.value_bytes * shape.in_features
+        return self.profile.activation_cost.per_token_module_bytes.get(module, whole)
 
     def adapter_activations(self, work: Work) -> float:
-        """Per token what all adapters keep; with checkpointing only the widest block's at a time."""
+        """Per token what all adapters keep; with checkpointing only the widest block's at a time.
+
+        Where all is trained every matrix keeps its input.
+        """
+        if self.whole:
+            return sum(self._input_bytes(name, shape) for name, shape in self.shape.modules.items())
         blocks = [0.0] * self._num_blocks
         for name, rank in work.ranks.items():
             blocks[self.shape.modules[name].layer] += self.adapter_activation_bytes(name, rank)
@@ -147,12 +160,15 @@ class CostModel:
         """What a step takes whatever its tokens: the optimizer, starting kernels, and dequantizing the base."""
         cost = self.profile.step_cost
         dequantization = cost.dequantization_seconds.get(bits, 0.0)
-        return cost.fixed_seconds + dequantization * self._work_done(DEQUANTIZED_FORWARD, lowest_block, checkpointing)
+        optimizer = cost.per_parameter_seconds * self.shape.head_parameters if self.whole else 0.0
+        dequantizations = self._work_done(DEQUANTIZED_FORWARD, lowest_block, checkpointing)
+        return cost.fixed_seconds + optimizer + dequantization * dequantizations
 
     def backbone_seconds_per_token(self, lowest_block: int, checkpointing: bool) -> float:
-        """Seconds per token in the frozen weights."""
+        """Seconds per token in the base's weights."""
         cost = self.profile.step_cost
-        return cost.per_token_seconds * self._work_done(cost.forward_share, lowest_block, checkpointing)
+        products = self._work_done(cost.forward_share, lowest_block, checkpointing) + WEIGHT_GRADIENT_SHARE * self.whole
+        return cost.per_token_seconds * products
 
     def adapter_seconds_per_token(self, module: str, rank: int, lowest_block: int, checkpointing: bool) -> float:
         """Three products for a trained rank, two for a rank of the tail, one below the reached blocks."""
@@ -168,7 +184,7 @@ class CostModel:
         """Seconds of a round outside its steps: transfer, and a forward pass over the validation rows."""
         tokens = self.profile.num_validation_examples * self.profile.tokens_per_example
         forward = self.profile.step_cost.per_token_seconds * self.profile.step_cost.forward_share
-        return transferred_bytes / self.profile.bandwidth_bytes_per_second + tokens * forward
+        return transferred_bytes / self.profile.bandwidth_bytes_per_second + self.validations * tokens * forward
 
     def upload_bytes(self, ranks: Mapping[str, int]) -> int:
         """Bytes of the trained factors and the head."""
@@ -180,7 +196,7 @@ class CostModel:
 
     def download_bytes(self, ranks: Mapping[str, int]) -> int:
         """Bytes of the global adapter and the head."""
-        held = {**ranks, **self.global_ranks}
+        held = self.global_ranks or ranks
         return self._file_bytes(self._wire_bytes(name, rank * self._features(name)) for name, rank in held.items())
 
     @cached_property
@@ -189,7 +205,7 @@ class CostModel:
 
     @cached_property
     def _widest_module(self) -> int:
-        return max((self._features(name) for name in self.shape.modules), default=0)
+        return max((module.features for module in (self.shape.matrices or self.shape.modules).values()), default=0)
 
     def _work_done(self, forward: float, lowest_block: int, checkpointing: bool) -> float:
         """Share of a whole step's work in frozen weights, of which the forward pass is `forward`.
@@ -235,7 +251,7 @@ def base_bytes(shape: ModelShape, bits: int, value_bytes: int) -> float:
     quantized = bits < 16
     base = shape.linear_parameters * BASE_BYTES[bits]
     base += shape.other_parameters * (value_bytes if quantized else BASE_BYTES[bits])
-    largest = max((m.out_features * m.in_features for m in shape.modules.values()), default=0)
+    largest = max((m.out_features * m.in_features for m in (shape.matrices or shape.modules).values()), default=0)
     return base + TRAINED_BYTES * shape.head_parameters + (value_bytes * largest if quantized else 0)
 
 

@@ -1,12 +1,13 @@
-"""One edge's instance of the base: adapters of its planned ranks, a frozen tail beside them, and a head of its own.
+"""One edge's instance of the base: what it trains, and how the global adapter gets into it and out again.
 
-Built once per federation; each round loads the global adapter into it and reads back what was trained. Instances made
-from one `Base` share its frozen tensors, so N edges in a process hold one base.
+Built once per federation; each round loads the global adapter into it and reads back what was trained. Here it carries
+low-rank adapters of the planned ranks, a frozen tail beside them, and a head of its own; `forms` has the other kinds.
+Instances made from one `Base` share its frozen tensors, so N edges in a process hold one base.
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,24 +21,37 @@ TRAINED = "default"  # PEFT's usual name, so that its own tools find the adapter
 TAIL = "tail"
 
 
+Factors = tuple[nn.Parameter, nn.Parameter]
+
+
 @dataclass(frozen=True, eq=False)
 class EdgeModel:
-    """A model with trainable adapters and head. `scaling` = alpha / rank of every trained adapter.
+    """A model and what of it is trained: factors B and A by module, and parameters that travel whole, by name.
 
-    `trains_right` tells whether both factors are trained or B alone.
+    `scaling` = alpha / rank of every trained adapter. Of a parameter in `origin` the change from that value travels.
+    `tuner` switches PEFT's adapters, where there are any. `trains_right` tells whether both factors are trained or B
+    alone.
     """
 
     model: nn.Module
-    tuner: Any
-    ranks: Mapping[str, int]
-    tail_ranks: Mapping[str, int]
-    scaling: float
+    factors: Mapping[str, Factors]
+    dense: Mapping[str, nn.Parameter]
+    scaling: float = 1.0
+    tuner: Any = None
+    tail_ranks: Mapping[str, int] = field(default_factory=dict)
+    origin: Mapping[str, Tensor] = field(default_factory=dict)
     trains_right: bool = True
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of every trained adapter."""
+        return {name: A.shape[0] for name, (_, A) in self.factors.items()}
+
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """The trained factors of every adapted module: B and A, or B alone."""
-        trained = slice(None) if self.trains_right else slice(1)
-        return [parameter for name in self.ranks for parameter in _factors(self.model, name, TRAINED)[trained]]
+        """What is trained at the base rate: factors (B and A, or B alone), and parameters that are none of the head."""
+        trained, head = slice(None) if self.trains_right else slice(1), head_parameters(self.model)
+        parameters = [parameter for pair in self.factors.values() for parameter in pair[trained]]
+        return parameters + [parameter for name, parameter in self.dense.items() if name not in head]
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The head, trained in full."""
@@ -67,18 +81,21 @@ def build_edge_model(
         tuner.peft_config[TAIL] = _lora_config(tail_ranks, 1.0)
         tuner.inject_adapter(model, TAIL)
     if checkpointing:
-        _checkpoint_blocks(model)
-    edge = EdgeModel(model, tuner, dict(ranks), tail_ranks, scaling)
-    _keep_factors_in_float32(edge)
+        checkpoint_blocks(model)
+    _keep_factors_in_float32(model, {TRAINED: ranks, TAIL: tail_ranks})
+    factors = {name: _factors(model, name, TRAINED) for name in ranks}
+    return ready(EdgeModel(model, factors, head_parameters(model), scaling, tuner, tail_ranks))
+
+
+def ready(edge: EdgeModel) -> EdgeModel:
+    """The same instance, in which exactly what is trained takes gradients."""
     _activate(edge, tail=False)
     return edge
 
 
 def with_frozen_right_factors(edge: EdgeModel) -> EdgeModel:
     """The same instance, to be loaded anew, whose A stays as loaded: only B and the head are trained (2403.12313)."""
-    frozen = replace(edge, trains_right=False)
-    _activate(frozen, tail=False)
-    return frozen
+    return ready(replace(edge, trains_right=False))
 
 
 def load_adapter(edge: EdgeModel, trained: Adapter, tail: Mapping[str, LowRank]) -> None:
@@ -87,25 +104,24 @@ def load_adapter(edge: EdgeModel, trained: Adapter, tail: Mapping[str, LowRank])
     A tail may be larger than the room it was given, since flora_stack never truncates; the room grows with it.
     """
     with torch.no_grad():
-        for name in edge.ranks:
+        for name, parameters in edge.factors.items():
             factors = trained.factors[name]
-            _fill(edge.model, name, TRAINED, LowRank(factors.B / edge.scaling, factors.A))
+            _fill(parameters, LowRank(factors.B / edge.scaling, factors.A))
         for name in edge.tail_ranks:
             if name in tail:
                 _make_room(edge.model, name, tail[name].rank)
-            _fill(edge.model, name, TAIL, tail.get(name))
-        for name, parameter in head_parameters(edge.model).items():
-            parameter.copy_(trained.head[name])
+            _fill(_factors(edge.model, name, TAIL), tail.get(name))
+        _load_dense(edge, trained)
     _activate(edge, tail=bool(tail))
 
 
 def read_adapter(edge: EdgeModel) -> Adapter:
     """What was trained, with the scaling folded into B, as float32 on the CPU."""
-    factors = {}
-    for name in edge.ranks:
-        B, A = _factors(edge.model, name, TRAINED)
-        factors[name] = LowRank(_to_cpu(B) * edge.scaling, _to_cpu(A))
-    return Adapter(factors, {name: _to_cpu(value) for name, value in head_parameters(edge.model).items()})
+    factors = {name: LowRank(_to_cpu(B) * edge.scaling, _to_cpu(A)) for name, (B, A) in edge.factors.items()}
+    dense = {name: _to_cpu(value) for name, value in edge.dense.items()}
+    for name, value in edge.origin.items():
+        dense[name] -= _to_cpu(value)
+    return Adapter(factors, dense)
 
 
 def build_global_model(base: nn.Module, rank_cap: int) -> EdgeModel:
@@ -117,13 +133,19 @@ def build_global_model(base: nn.Module, rank_cap: int) -> EdgeModel:
 def load_global_adapter(edge: EdgeModel, adapter: Adapter) -> None:
     """Load a whole adapter, of any ranks up to those of the instance, into one made by `build_global_model`."""
     with torch.no_grad():
-        for name in edge.ranks:
-            _fill(edge.model, name, TRAINED, adapter.factors.get(name))
-        for name, parameter in head_parameters(edge.model).items():
-            parameter.copy_(adapter.head[name])
+        for name, parameters in edge.factors.items():
+            _fill(parameters, adapter.factors.get(name))
+        _load_dense(edge, adapter)
 
 
-def _checkpoint_blocks(model: Any) -> None:
+def _load_dense(edge: EdgeModel, adapter: Adapter) -> None:
+    for name, parameter in edge.dense.items():
+        parameter.copy_(adapter.head[name])
+        if name in edge.origin:
+            parameter.add_(edge.origin[name])
+
+
+def checkpoint_blocks(model: Any) -> None:
     """Recompute blocks in the backward pass.
 
     They do so in training mode only, which their parts must not follow: some would draw random numbers.
@@ -165,28 +187,29 @@ def _cast_to_float(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tenso
 
 def _activate(edge: EdgeModel, tail: bool) -> None:
     """Choose the adapters that take part in the forward pass, and what is trained."""
-    edge.tuner.set_adapter([TRAINED, TAIL] if tail and edge.tail_ranks else TRAINED)
+    if edge.tuner is not None:
+        edge.tuner.set_adapter([TRAINED, TAIL] if tail and edge.tail_ranks else TRAINED)
     edge.model.requires_grad_(False)
     for parameter in (*edge.adapter_parameters(), *edge.head_parameters()):
         parameter.requires_grad_(True)
 
 
-def _factors(model: nn.Module, name: str, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+def _factors(model: nn.Module, name: str, adapter: str) -> Factors:
     layer = model.get_submodule(name)
     return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight  # type: ignore[index, union-attr]
 
 
-def _keep_factors_in_float32(edge: EdgeModel) -> None:
+def _keep_factors_in_float32(model: nn.Module, adapters: Mapping[str, Iterable[str]]) -> None:
     """PEFT gives factors the dtype of a dense weight; in bfloat16 most steps of an optimizer would round to nothing."""
-    for names, adapter in ((edge.ranks, TRAINED), (edge.tail_ranks, TAIL)):
+    for adapter, names in adapters.items():
         for name in names:
-            for factor in _factors(edge.model, name, adapter):
+            for factor in _factors(model, name, adapter):
                 factor.data = factor.data.float()
 
 
-def _fill(model: nn.Module, name: str, adapter: str, factors: LowRank | None) -> None:
-    """Copy factors into a layer; components beyond theirs are zero."""
-    B, A = _factors(model, name, adapter)
+def _fill(parameters: Factors, factors: LowRank | None) -> None:
+    """Copy factors into a layer's; components beyond theirs are zero."""
+    B, A = parameters
     B.zero_()
     A.zero_()
     if factors is not None:

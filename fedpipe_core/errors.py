@@ -6,6 +6,7 @@ FedPipeError
 │   ├── DataError             a file, column, row or label that cannot be used
 │   ├── ModelError            a base model that cannot be read or adapted
 │   ├── PlanError             no plan fits an edge
+│   │   └── UnfitEdgesError       the same, with the reason of each edge
 │   └── StoreError            a store that cannot be reached or written
 └── RunError              the input was right and the run failed; the command exits with 1, the store stays resumable
     ├── ObjectMissingError    an object that is not in the store
@@ -48,6 +49,14 @@ class ModelError(InputError):
 
 class PlanError(InputError):
     """Raised when an edge has no plan that fits its memory and the round's deadline."""
+
+
+class UnfitEdgesError(PlanError):
+    """Raised when no plan fits some edges; `reasons` has a sentence for each."""
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        super().__init__("\n".join(reasons.values()))
+        self.reasons = reasons
 
 
 class StoreError(InputError):

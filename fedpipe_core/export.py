@@ -20,7 +20,11 @@ from torch import nn
 from fedpipe_core.adapters import Adapter
 from fedpipe_core.base_folder import BASE_FILE
 from fedpipe_core.merged_weights import MergedWeights, write_weights
+from fedpipe_core.merging import merge
+from fedpipe_core.methods import Form
 from fedpipe_core.model import Base, auto_class, head_modules, predicts_tokens, share
+
+__all__ = ["EXPORT_SCHEMES", "ExportScheme", "TunedModel", "folder_sha256", "merge", "write_tokenizer"]
 
 PEFT_TASKS = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,6 +43,12 @@ class TunedModel:
     label_names: list[str] | None
     chat_template: str | None = None
     base_id: str | None = None
+    form: Form = "lora"
+
+    @property
+    def weights(self) -> MergedWeights:
+        """The merged model's tensors, each made when it is asked for."""
+        return MergedWeights(self.base, self.adapter, self.form)
 
     @property
     def task(self) -> str:
@@ -56,23 +66,6 @@ class ExportScheme:
     write: Callable[[TunedModel, Path], None]
     load: Callable[[TunedModel, Path], nn.Module]
     check: Callable[[Base], None] = lambda base: None
-
-
-def merge(base: nn.Module, adapter: Adapter) -> nn.Module:
-    """A copy of the dense base with W + B·A in place of W and the trained head; the base's own tensors stay."""
-    model = share(base)
-    with torch.no_grad():
-        for name, factors in adapter.factors.items():
-            module = model.get_submodule(name)
-            weight = module.get_parameter("weight")
-            change = factors.dense().to(weight.device)
-            # GPT-2's Conv1D keeps its weight as (in_features, out_features).
-            change = change if isinstance(module, nn.Linear) else change.T
-            _replace(module, "weight", weight.float() + change)
-        for name, value in adapter.head.items():
-            module_name, _, leaf = name.rpartition(".")
-            _replace(model.get_submodule(module_name), leaf, value)
-    return model
 
 
 def folder_sha256(folder: Path) -> str:
@@ -138,7 +131,7 @@ def _load_adapter(tuned: TunedModel, folder: Path) -> nn.Module:
 def _write_merged(tuned: TunedModel, folder: Path) -> None:
     """A folder in Hugging Face format with the tokenizer and the labels' names; weights are written shard by shard."""
     dtype = DTYPES[tuned.dtype]
-    write_weights(MergedWeights(tuned.base, tuned.adapter), folder, dtype)
+    write_weights(tuned.weights, folder, dtype)
     model: Any = tuned.base.model
     config = copy.deepcopy(model.config)
     config.dtype, config.architectures = dtype, [type(model).__name__]
@@ -166,11 +159,6 @@ def write_tokenizer(tuned: TunedModel, folder: Path) -> None:
 def _load_merged(tuned: TunedModel, folder: Path) -> nn.Module:
     model: nn.Module = auto_class(tuned.task).from_pretrained(folder, local_files_only=True).eval()
     return model
-
-
-def _replace(module: nn.Module, leaf: str, value: torch.Tensor) -> None:
-    old = module.get_parameter(leaf)
-    setattr(module, leaf, nn.Parameter(value.to(old), requires_grad=False))
 
 
 EXPORT_SCHEMES: dict[str, ExportScheme] = {

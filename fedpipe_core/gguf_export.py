@@ -54,7 +54,7 @@ def _write(quantization: str, tuned: TunedModel, folder: Path) -> None:
     _write_sizes(writer, config, f"MOSTLY_{quantization}")
     template = tuned.chat_template or tuned.base.tokenizer.chat_template
     write_tokenizer_fields(writer, tuned.base.tokenizer, tuned.base.vocabulary, template)
-    weights = MergedWeights(tuned.base, tuned.adapter)
+    weights = tuned.weights
     names = _gguf_names(weights, architecture, config.num_hidden_layers)
     kinds = {name: _tensor_type(weights, name, names[name], quantization) for name in names}
     for name, written in names.items():

@@ -5,7 +5,7 @@ logits exist for some tokens at a time, in the backward pass as well: their grad
 is kept for the backward pass is the gradient of the states they were made of.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,8 @@ def training_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         if batch["labels"].dim() == 1:
             return functional.cross_entropy(class_logits(model, batch), batch["labels"])
         learned = learned_tokens(model, batch)
-        total: Tensor = _SummedLoss.apply(learned.states, learned.targets, learned.score)  # type: ignore[no-untyped-call]
+        score = learned.score
+        total: Tensor = _SummedLoss.apply(learned.states, learned.targets, score, *score.trained)  # type: ignore[no-untyped-call]
         return total / len(learned.targets)
 
 
@@ -68,25 +69,38 @@ def token_logits(learned: LearnedTokens) -> Iterator[tuple[Tensor, Tensor, Tenso
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Cross-entropy summed over all tokens, whose gradient by the states is computed with it, some at a time."""
+    """Cross-entropy summed over all tokens, whose gradients are computed with it, some tokens at a time.
+
+    They are those by the states, and by what of the scoring layer is trained.
+    """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, targets: Tensor, score: Score) -> Tensor:
-        if not ctx.needs_input_grad[0]:
-            return _add_losses(states, targets, score, None)
+    def forward(ctx: Any, states: Tensor, targets: Tensor, score: Score, *trained: nn.Parameter) -> Tensor:
+        if not any(ctx.needs_input_grad):
+            return _add_losses(states, targets, score, ())
         gradient = torch.empty_like(states)
-        total = _add_losses(states, targets, score, gradient)
+        # No tensors to be saved: what autograd counts as kept would name them a second time, as they are gradients.
+        ctx.trained = [torch.zeros_like(parameter) for parameter in trained]
+        total = _add_losses(states, targets, score, trained, gradient, ctx.trained)
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *total_gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *total_gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * total_gradients[0].to(gradient.dtype), None, None
+        found = [value * total_gradients[0].to(value.dtype) for value in (gradient, *ctx.trained)]
+        return found[0], None, None, *found[1:]
 
 
-def _add_losses(states: Tensor, targets: Tensor, score: Score, gradient: Tensor | None) -> Tensor:
-    """The summed loss; `gradient`, if any, is filled with its gradient by the states."""
+def _add_losses(
+    states: Tensor,
+    targets: Tensor,
+    score: Callable[[Tensor], Tensor],
+    trained: Sequence[nn.Parameter],
+    gradient: Tensor | None = None,
+    trained_gradients: Sequence[Tensor] = (),
+) -> Tensor:
+    """The summed loss; `gradient`, if any, is filled with its gradient by the states, and those by `trained` added."""
     total = torch.zeros((), device=states.device)
     for start in range(0, len(targets), SCORED_AT_ONCE):
         part = slice(start, start + SCORED_AT_ONCE)
@@ -94,7 +108,9 @@ def _add_losses(states: Tensor, targets: Tensor, score: Score, gradient: Tensor 
             given = states[part].detach().requires_grad_(gradient is not None)
             loss = functional.cross_entropy(score(given).float(), targets[part], reduction="sum")
             if gradient is not None:
-                gradient[part] = torch.autograd.grad(loss, given)[0]
+                gradient[part], *found = torch.autograd.grad(loss, (given, *trained))
+                for added, more in zip(trained_gradients, found, strict=True):
+                    added.add_(more)
         total = total + loss.detach()
     return total
 

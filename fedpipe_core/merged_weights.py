@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedpipe_core.adapters import Adapter
 from fedpipe_core.errors import ModelError
+from fedpipe_core.methods import Form
 from fedpipe_core.model import Base
 
 SHARD_BYTES = 2**30
@@ -27,10 +28,14 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True, eq=False)
 class MergedWeights:
-    """W + B·A for every adapted matrix, the trained head, and all else as the base has it."""
+    """W + B·A for every adapted matrix, the trained head, and all else as the base has it.
+
+    Of form `whole` every parameter is in the head, as its change from the base.
+    """
 
     base: Base
     adapter: Adapter
+    form: Form = "lora"
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
@@ -46,7 +51,8 @@ class MergedWeights:
         Raises ModelError when neither the base's files nor memory hold it.
         """
         if name in self.adapter.head:
-            return self.adapter.head[name]
+            trained = self.adapter.head[name]
+            return trained + self._stored(name) if self.form == "whole" else trained
         module, _, leaf = name.rpartition(".")
         factors = self.adapter.factors.get(module) if leaf == "weight" else None
         if factors is None:

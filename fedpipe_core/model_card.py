@@ -152,7 +152,7 @@ def _plan(facts: CardFacts) -> str:
 
 def _plan_row(plan: EdgePlan) -> tuple[object, ...]:
     ranks = sorted(plan.ranks.values())
-    span = "none" if not ranks else f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+    span = "every parameter" if not ranks else f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
     memory, seconds = plan.predicted.peak_memory_bytes / _MIB, plan.predicted.round_seconds
     return (
         *(plan.edge_id, plan.base_bits, plan.batch_size, plan.local_steps, len(ranks), span),

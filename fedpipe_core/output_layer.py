@@ -6,12 +6,23 @@ for the states once and has some of them scored at a time.
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Score = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Score:
+    """What makes logits (n, vocabulary) of states (n, features), and the parameters in it that are trained."""
+
+    logits: Callable[[Tensor], Tensor]
+    trained: tuple[nn.Parameter, ...] = ()
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return self.logits(states)
+
 
 _parted: dict[type, bool] = {}  # by class: whether its blocks can be taken out
 
@@ -23,7 +34,7 @@ def states_and_score(model: Any, inputs: Mapping[str, Tensor], columns: Tensor) 
     be taken out gives its logits as states, which scoring leaves as they are.
     """
     if not _can_be_parted(model):
-        return model(**inputs, logits_to_keep=columns, use_cache=False).logits, lambda logits: logits
+        return model(**inputs, logits_to_keep=columns, use_cache=False).logits, Score(lambda logits: logits)
     return model.base_model(**inputs, use_cache=False).last_hidden_state[:, columns], _score(model)
 
 
@@ -44,7 +55,7 @@ def _score(model: Any) -> Score:
         logits: Tensor = behind(inputs_embeds=states[None], use_cache=False).logits[0]
         return logits
 
-    return score
+    return Score(score, tuple(value for value in behind.parameters() if value.requires_grad))
 
 
 @torch.no_grad()

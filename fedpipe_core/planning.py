@@ -16,7 +16,9 @@ import numpy as np
 
 from fedpipe_core.config import FederationConfig, PlanPin
 from fedpipe_core.costs import Work
-from fedpipe_core.errors import PlanError
+from fedpipe_core.errors import UnfitEdgesError
+from fedpipe_core.global_ranks import capped_rank, keeps_ranks, reached_global_ranks
+from fedpipe_core.methods import METHODS
 from fedpipe_core.planning_binding import binding_limit
 from fedpipe_core.planning_checks import check_menu, check_pin, check_profile
 from fedpipe_core.planning_deadline import choose_deadline, shortest_round
@@ -24,13 +26,11 @@ from fedpipe_core.planning_greedy import Duals, Frontier, Selection, frontier, s
 from fedpipe_core.planning_infeasible import explain_memory, explain_seconds
 from fedpipe_core.planning_problem import EdgeProblem, RoundTerms, adaptable_modules, build_problem, cost_model
 from fedpipe_core.planning_solver import refine
-from fedpipe_core.planning_uniform import with_uniform_pins
+from fedpipe_core.planning_uniform import plan_uniformly, unfit_edges
 from fedpipe_core.planning_utility import edge_utilities, net_of_price
 from fedpipe_core.schemas import EdgePlan, EdgeProfile, FederationPlan, ModelShape
 
 __all__ = ["check_profile", "infeasible_edges", "plan_federation", "prepare_edges", "round_terms"]
-# Rules that average component by component: the global adapter never gets a larger rank than an edge trains.
-RANK_KEEPING_RULES = ("fedavg", "hetlora", "rankwise", "ffa")
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,30 @@ class PreparedEdge:
 
 
 def plan_federation(shape: ModelShape, profiles: Mapping[str, EdgeProfile], config: FederationConfig) -> FederationPlan:
-    """Plan every edge.
+    """Plan every edge by the configured method.
 
-    Raises PlanError for a profile or pin that cannot be, and for edges without any plan: it names each of them, the
-    limit that binds, and the cheapest change that would make it feasible.
+    Raises PlanError for a profile or pin that cannot be, and UnfitEdgesError for edges without any plan: it names each
+    of them, the limit that binds, and the cheapest change that would make it feasible. Under `planning.unfit_edges:
+    drop` the plan is made for the others, while there are any.
     """
-    if config.method == "fedlora":
-        config = with_uniform_pins(shape, profiles, config)
+    try:
+        planner = plan_uniformly if METHODS[config.method].sizes else _plan_by_importance
+        return planner(shape, profiles, config)
+    except UnfitEdgesError as unfit:
+        fitting = {edge_id: profile for edge_id, profile in profiles.items() if edge_id not in unfit.reasons}
+        if config.planning.unfit_edges == "refuse" or not fitting:
+            raise
+        plan = plan_federation(shape, fitting, config)
+        return plan.model_copy(update={"dropped": unfit.reasons | plan.dropped})
+
+
+def _plan_by_importance(
+    shape: ModelShape, profiles: Mapping[str, EdgeProfile], config: FederationConfig
+) -> FederationPlan:
     prepared = prepare_edges(shape, profiles, config)
     infeasible = _infeasible(prepared, config)
     if infeasible:
-        raise PlanError("\n".join(infeasible.values()))
+        raise UnfitEdgesError(infeasible)
     terms = round_terms(prepared, config)
     selections = {e: solve_greedily(edge.problem, edge.duals, edge.front, terms) for e, edge in prepared.items()}
     solver = "greedy"
@@ -69,6 +82,8 @@ def infeasible_edges(
 
     Raises PlanError for a profile or pin that cannot be.
     """
+    if METHODS[config.method].sizes:
+        return unfit_edges(shape, profiles, config)
     return _infeasible(prepare_edges(shape, profiles, config), config)
 
 
@@ -102,16 +117,12 @@ def _largest_global_ranks(
     pinned = [rank for pin in pins.values() for rank in (pin.ranks or {}).values()]
     free = [] if all(pins.get(edge_id, PlanPin()).ranks for edge_id in profiles) else config.planning.ranks
     largest = max([*free, *pinned]) * _rank_growth(config, len(profiles))
-    return {name: _capped(shape, name, largest, config) for name in shape.modules}
+    return {name: capped_rank(shape, name, largest, config) for name in shape.modules}
 
 
 def _rank_growth(config: FederationConfig, edges: int) -> int:
     """How often an edge's rank can go into the global adapter's."""
-    return 1 if config.aggregation.rule in RANK_KEEPING_RULES else edges * config.rounds
-
-
-def _capped(shape: ModelShape, module: str, rank: int, config: FederationConfig) -> int:
-    return min(rank, config.aggregation.rank_cap, shape.modules[module].out_features, shape.modules[module].in_features)
+    return 1 if keeps_ranks(config) else edges * config.rounds
 
 
 def _infeasible(prepared: Mapping[str, PreparedEdge], config: FederationConfig) -> dict[str, str]:
@@ -159,22 +170,12 @@ def _federation_plan(
 ) -> FederationPlan:
     """Price the selections with the global adapter they lead to; a chosen deadline ends with the slowest edge."""
     ranks = {e: edge.problem.ranks_of(selections[e].choice.tolist()) for e, edge in prepared.items()}
-    global_ranks = _reached_global_ranks(next(iter(prepared.values())).problem.costs.shape, ranks, config)
+    global_ranks = reached_global_ranks(next(iter(prepared.values())).problem.costs.shape, ranks, config)
     edges = {
         e: _edge_plan(edge.problem, selections[e], ranks[e], global_ranks, seconds) for e, edge in prepared.items()
     }
     slowest = max(plan.predicted.round_seconds for plan in edges.values())
     return FederationPlan(round_seconds=config.planning.round_seconds or slowest, solver=solver, edges=edges)
-
-
-def _reached_global_ranks(
-    shape: ModelShape, ranks: Mapping[str, Mapping[str, int]], config: FederationConfig
-) -> dict[str, int]:
-    """Rank of each adapted module at the end: it starts at the largest planned, and each round can add every edge's."""
-    start = max(rank for edge in ranks.values() for rank in edge.values())
-    summed = {name: sum(edge.get(name, 0) for edge in ranks.values()) for name in shape.modules}
-    grown = 0 if config.aggregation.rule in RANK_KEEPING_RULES else config.rounds
-    return {n: _capped(shape, n, max(start, rank * grown), config) for n, rank in summed.items() if rank}
 
 
 def _edge_plan(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedpipe_core.config import FederationConfig, PlanPin
 from fedpipe_core.costs import CostModel, Work
+from fedpipe_core.methods import METHODS
 from fedpipe_core.planning_utility import FloatArray
 from fedpipe_core.schemas import EdgeProfile, ModelShape
 
@@ -111,6 +112,7 @@ def cost_model(
         wire_dtype=config.exchange.dtype,
         micro_batch_size=config.training.micro_batch_size,
         frozen_a=config.aggregation.rule == "ffa",
+        whole=METHODS[config.method].form == "whole",
     )
 
 

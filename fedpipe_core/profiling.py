@@ -15,6 +15,7 @@ from fedpipe_core.batches import Batch, longest_example_tokens, pad_batch, token
 from fedpipe_core.config import FederationConfig, ResourcesSpec
 from fedpipe_core.costs import CostModel, Work
 from fedpipe_core.importance import score_modules
+from fedpipe_core.methods import METHODS
 from fedpipe_core.model import Base
 from fedpipe_core.resources import (
     TIMED_RANKS,
@@ -125,7 +126,8 @@ def _step_cost(
     sizes = probe_sizes(config.planning.batch_sizes)
     most = most_examples(sketch, shape, base.bits, max(TIMED_RANKS), max(sizes))
     small, large = (probe_batch(data.train, min(size, most)) for size in sizes)
-    return measured_step_cost(base.model, small, large, config.model.bits)
+    whole = METHODS[config.method].form == "whole"
+    return measured_step_cost(base.model, small, large, config.model.bits, whole=whole)
 
 
 def probe_sizes(batch_sizes: Sequence[int]) -> tuple[int, int]:
@@ -137,6 +139,8 @@ def probe_sizes(batch_sizes: Sequence[int]) -> tuple[int, int]:
 def _scores(
     base: Base, shape: ModelShape, data: EdgeData, config: FederationConfig, sketch: EdgeProfile
 ) -> dict[str, list[float]]:
+    if METHODS[config.method].sizes:  # nobody asks for them
+        return {}
     spec = config.planning
     parts = (config.seed, "profile", sketch.edge_id)
     size = most_examples(sketch, shape, base.bits, spec.probe_rank, spec.profile_batch_size)

@@ -29,6 +29,9 @@ CGROUP = Path("/sys/fs/cgroup")
 TIMED_RANKS = (2, 32)
 TIMED_STEPS = 2
 LEAST_FORWARD, MOST_FORWARD = 0.2, 0.6  # of a step's work: beyond, it is the clock that is wrong
+TIMED_PARAMETERS = 2**22  # more than a cache holds
+# What gradient, clipping and optimizer take per parameter, in floating-point operations of a step that take as long.
+OPTIMIZER_FLOPS = 90
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -68,11 +71,17 @@ def declared_step_cost(tokens_per_second: float, step_seconds: float, shape: Mod
         fixed_seconds=step_seconds,
         per_token_seconds=per_token,
         per_token_rank_seconds=per_token * 6.0 / (4.0 * shape.linear_parameters),
+        per_parameter_seconds=per_token * OPTIMIZER_FLOPS / (4.0 * shape.linear_parameters),
     )
 
 
 def measured_step_cost(
-    base: nn.Module, small: Batch, large: Batch, bits: Iterable[int] = (), clock: Clock = time.perf_counter
+    base: nn.Module,
+    small: Batch,
+    large: Batch,
+    bits: Iterable[int] = (),
+    clock: Clock = time.perf_counter,
+    whole: bool = False,
 ) -> StepCost:
     """Time a few steps of five kinds and solve for the coefficients of `StepCost`, none below 0.
 
@@ -81,7 +90,8 @@ def measured_step_cost(
     `large` are batches of the edge's own data. Each kind counts with the fastest of its steps, since other work can
     only slow one down. `bits` are the widths that a plan may choose, of which the quantized ones are priced by what
     dequantization takes; on a quantized `base` that is taken off what was measured, so that the coefficients are a
-    dense base's. `clock` gives seconds: wall time, which a round is made of, or another that a comparison needs.
+    dense base's. With `whole` the optimizer is timed for a model all of which is trained. `clock` gives seconds: wall
+    time, which a round is made of, or another that a comparison needs.
     """
     low, high = TIMED_RANKS
     quantized = sorted((width for width in {*bits, bits_of(base)} if width < 16), reverse=True)
@@ -107,6 +117,7 @@ def measured_step_cost(
         forward_share=min(max(forward / (per_token * rows[0][1]), LEAST_FORWARD), MOST_FORWARD),
         per_token_feature_seconds=float(fitted[2]),
         per_token_rank_seconds=float(fitted[3]),
+        per_parameter_seconds=_parameter_seconds(device_of(base), clock) if whole else 0.0,
         dequantization_seconds=dequantization,
     )
 
@@ -209,6 +220,20 @@ def _step(model: nn.Module, trained: Iterable[nn.Parameter]) -> Callable[[Mappin
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def _parameter_seconds(device: torch.device, clock: Clock) -> float:
+    """Seconds that a new gradient, clipping and the optimizer's step take per parameter, where all are trained."""
+    parameter = nn.Parameter(torch.zeros(TIMED_PARAMETERS, device=device))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-5, fused=True)
+
+    def step() -> None:
+        parameter.grad = torch.ones_like(parameter)
+        nn.utils.clip_grad_norm_([parameter], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return _fastest_seconds(step, device, clock) / TIMED_PARAMETERS
 
 
 def _dequantization_seconds(base: nn.Module, bits: int, clock: Clock) -> float:

@@ -30,6 +30,7 @@ class ModuleShape(Record):
     out_features: PositiveInt
     in_features: PositiveInt
     layer: NonNegativeInt = Field(0, description="Index of the block it lies in, counted from the input")
+    inner_values: PositiveInt = Field(1, description="Values per rank and token that its adapter keeps for backward")
 
     @property
     def features(self) -> int:
@@ -41,6 +42,10 @@ class ModelShape(Record):
     """What the cost model needs to know of a base model; the same on every edge."""
 
     modules: dict[str, ModuleShape] = Field(description="Modules that can carry an adapter, in the model's order")
+    matrices: dict[str, ModuleShape] = Field(
+        default_factory=dict,
+        description="The base's matrices, where something else carries adapters; `modules` if empty",
+    )
     linear_parameters: NonNegativeInt = Field(description="Parameters inside quantizable matrices")
     other_parameters: NonNegativeInt = Field(description="Frozen parameters kept dense: embeddings, norms, biases")
     head_parameters: NonNegativeInt = Field(description="Parameters trained in full: the task's head")
@@ -69,6 +74,9 @@ class StepCost(Record):
     per_token_rank_seconds: FiniteFloat = Field(ge=0)
     forward_share: FiniteFloat = Field(
         0.5, gt=0, lt=1, description="Of `per_token_seconds` in the forward pass; the rest goes back through the blocks"
+    )
+    per_parameter_seconds: FiniteFloat = Field(
+        0.0, ge=0, description="Optimizer and clipping per parameter, where all are trained; adapters' are in `fixed`"
     )
     dequantization_seconds: dict[int, FiniteFloat] = Field(
         default_factory=dict,
@@ -123,12 +131,19 @@ class PredictedCost(Record):
     download_bytes: NonNegativeInt
 
 
+class TrialRole(Record):
+    """What an edge tries in a round for all others, beside what they had so far."""
+
+    candidate: str = Field(description="same, deeper or wider")
+    relative_seconds: FiniteFloat = Field(gt=0, description="Its round's predicted seconds over those of `same`")
+
+
 class EdgePlan(Record):
     """What one edge does in every round."""
 
     edge_id: str
     ranks: dict[str, PositiveInt] = Field(
-        description="Rank of every adapted module; a module not named gets no adapter"
+        description="Rank of every adapted module, or width of a bottleneck; a module not named gets no adapter"
     )
     batch_size: PositiveInt
     local_steps: PositiveInt
@@ -137,6 +152,7 @@ class EdgePlan(Record):
     predicted: PredictedCost
     binding: str = Field(description="What keeps the plan from being larger: memory, deadline, data, menu or pin")
     under_training: FiniteFloat = Field(0.0, ge=0, le=1, description="Share of the planned examples left unprocessed")
+    trial: TrialRole | None = Field(None, description="The edge's part in a trial of other sizes, if there is one")
 
 
 class FederationPlan(Record):
@@ -146,6 +162,7 @@ class FederationPlan(Record):
     solver: str = Field(description="How the plan was found; names a fall-back")
     edges: dict[str, EdgePlan]
     profiles: dict[str, str] = Field(default_factory=dict, description="sha256 of each profile the plan rests on")
+    dropped: dict[str, str] = Field(default_factory=dict, description="Edges for which no plan fits, with the reason")
 
     @property
     def planned_modules(self) -> list[str]:
@@ -154,8 +171,8 @@ class FederationPlan(Record):
 
     @property
     def largest_rank(self) -> int:
-        """Largest rank any edge trains."""
-        return max(rank for plan in self.edges.values() for rank in plan.ranks.values())
+        """Largest rank any edge trains; 0 where none trains adapters."""
+        return max((rank for plan in self.edges.values() for rank in plan.ranks.values()), default=0)
 
 
 class FederationRecord(Record):
@@ -205,6 +222,9 @@ class UpdateRecord(Record):
     download_bytes: NonNegativeInt
     metrics: dict[str, FiniteFloat] = Field(
         default_factory=dict, description="The global adapter the round started from, on this edge's validation rows"
+    )
+    trained_metrics: dict[str, FiniteFloat] = Field(
+        default_factory=dict, description="What the edge made of it, on the same rows; measured in trials alone"
     )
 
 

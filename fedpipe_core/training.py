@@ -35,7 +35,7 @@ def rate_factor(spec: TrainingSpec, round_index: int, rounds: int) -> float:
 
 
 def train(edge: EdgeModel, batches: Iterator[Mapping[str, Tensor]], spec: TrainingSpec, rate: float) -> TrainingReport:
-    """Train adapters and head with AdamW at `rate` times the configured rates, with linear warm-up and clipping.
+    """Train what the instance trains with AdamW at `rate` times the configured rates, linear warm-up and clipping.
 
     Raises UpdateRefusedError when loss or gradient is no longer a finite number; that edge's update must not count.
     """
@@ -74,7 +74,9 @@ def _optimizer(edge: EdgeModel, spec: TrainingSpec, rate: float) -> torch.optim.
         {"params": edge.adapter_parameters(), "lr": peak},
         {"params": edge.head_parameters(), "lr": peak * spec.head_rate_factor},
     ]
-    return torch.optim.AdamW(groups, weight_decay=spec.weight_decay)
+    # Fused, it makes no copies: those of an embedding are as large as all activations.
+    whole = bool(edge.origin)
+    return torch.optim.AdamW(groups, weight_decay=spec.weight_decay, fused=True if whole else None)
 
 
 def _finite(name: str, value: Tensor, step: int) -> float:

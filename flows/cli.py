@@ -76,7 +76,7 @@ def run(
             raise ConfigError("--resume needs --run NAME, the run to continue; `fedpipe status` lists the runs")
         with _showing():
             result = _run_flow(loaded, name, resume, plan, release)
-        _print(result.model_dump(mode="json"), as_json, lambda document: _summary(result))
+        _print(result.model_dump(mode="json"), as_json, lambda document: _summary(result, loaded))
 
 
 @app.command("plan")
@@ -348,7 +348,8 @@ def _plan_table(document: dict[str, Any]) -> str:
     return plan_table(document)
 
 
-def _summary(result: "RunResult") -> str:
+def _summary(result: "RunResult", config: "FederationConfig") -> str:
+    from fedpipe_core.methods import METHODS
     from flows.tables import result_summary
 
-    return result_summary(result)
+    return result_summary(result, METHODS[config.method].unreleased)

@@ -17,7 +17,7 @@ from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.report import render_page
 from fedpipe_core.schemas import FederationPlan, RoundRecord, RunResult, SavedPlan
 from flows.deployed import require_lasting_places
-from flows.release import release_model, track
+from flows.release import release_model, require_releasable, track
 from tasks import edge, federation, mlflow_client, progress, remote_edges, reports, tracking
 from tasks.edge import EdgeSession, Machine
 from tasks.exports import check_exports
@@ -68,6 +68,8 @@ def federated_finetune(
         release: Export, register and perhaps promote the model.
     """
     require_lasting_places(config)
+    if release:
+        require_releasable(config)
     started, store = time.perf_counter(), open_store(config.store)
     coordinator = Coordinator(config, store, RunKeys(run or new_run_name(config)))
     mlflow_client.connect_early(tracking.tracking_uri(config.tracking, store.root))
@@ -126,6 +128,8 @@ def _plan(coordinator: Coordinator, edges: Edges, saved_plan: SavedPlan | None) 
         if not coordinator.store.exists(coordinator.keys.plan):
             federation.withdraw_federation(coordinator)  # its config has to change, so it could not be resumed
         raise
+    for reason in plan.dropped.values():
+        progress.note(f"left out of the run: {reason}")
     create_table_artifact(reports.plan_rows(plan), key="plan", description=f"Plan of {coordinator.keys.run}")
     return plan
 
@@ -187,7 +191,8 @@ def _one_round(coordinator: Coordinator, edges: Edges, round_index: int) -> Roun
 def _train(coordinator: Coordinator, edges: Edges, plan: FederationPlan, round_index: int) -> None:
     started = time.monotonic()
     federation.forget_failures(coordinator, round_index)
-    on_all_edges(edge.train_round, edges.local, round_index=round_index)
+    planned = [session for session in edges.local if session.edge_id in plan.edges]
+    on_all_edges(edge.train_round, planned, round_index=round_index)
     remote_edges.await_updates(coordinator, edges.remote, plan, round_index, time.monotonic() - started)
 
 

@@ -1,5 +1,6 @@
 """Profile every edge and plan, as a run would, and train nothing."""
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from pydantic import ValidationError
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import PlanError, StoreError
+from fedpipe_core.methods import METHODS
 from fedpipe_core.planning import infeasible_edges
-from fedpipe_core.schemas import FederationPlan, SavedPlan
+from fedpipe_core.schemas import EdgeProfile, FederationPlan, SavedPlan
+from fedpipe_core.trials import foreseen_rounds
 from flows.federation import Edges, edge_sessions, profile_edges
 from tasks import federation, remote_edges, reports
 from tasks.exports import check_exports
@@ -51,14 +54,15 @@ def read_saved_plan(path: Path) -> SavedPlan:
 def _planned(coordinator: Coordinator, save: str | None) -> tuple[dict[str, Any], bool]:
     profiles, keys = federation.read_profiles(coordinator), coordinator.keys
     infeasible = infeasible_edges(coordinator.shape, profiles, coordinator.config)
-    if infeasible:
+    if infeasible and (coordinator.config.planning.unfit_edges == "refuse" or len(infeasible) == len(profiles)):
         return {"run": keys.run, "plan": {}, "infeasible": infeasible, "totals": None}, True
     plan = federation.plan(coordinator)
     create_table_artifact(reports.plan_rows(plan), key="plan", description=f"Plan of {coordinator.config.name}")
     if save is not None:
         _save(SavedPlan(plan=plan, profiles=profiles), Path(save))
     edges = {edge_id: report.model_dump(mode="json") for edge_id, report in _reports(coordinator, plan).items()}
-    return {"run": keys.run, "plan": edges, "infeasible": {}, "totals": _totals(plan, coordinator.config.rounds)}, False
+    totals = _totals(_foreseen(coordinator, plan, profiles), plan.round_seconds)
+    return {"run": keys.run, "plan": edges, "infeasible": plan.dropped, "totals": totals}, False
 
 
 def _reports(coordinator: Coordinator, plan: FederationPlan) -> dict[str, Any]:
@@ -74,11 +78,21 @@ def _save(saved: SavedPlan, path: Path) -> None:
         ) from None
 
 
-def _totals(plan: FederationPlan, rounds: int) -> dict[str, float]:
-    costs = [edge.predicted for edge in plan.edges.values()]
+def _foreseen(
+    coordinator: Coordinator, plan: FederationPlan, profiles: Mapping[str, EdgeProfile]
+) -> list[tuple[FederationPlan, int]]:
+    """The plans of all rounds, each with how many it holds for."""
+    if METHODS[coordinator.config.method].trials:
+        return foreseen_rounds(plan, coordinator.shape, profiles, coordinator.config)
+    return [(plan, coordinator.config.rounds)]
+
+
+def _totals(foreseen: Sequence[tuple[FederationPlan, int]], deadline_seconds: float) -> dict[str, float]:
+    costs = [([edge.predicted for edge in plan.edges.values()], rounds) for plan, rounds in foreseen]
     return {
-        "seconds": rounds * max(cost.round_seconds for cost in costs),
-        "upload_bytes": rounds * sum(cost.upload_bytes for cost in costs),
-        "download_bytes": rounds * sum(cost.download_bytes for cost in costs),
-        "deadline_seconds": plan.round_seconds,
+        "seconds": sum(rounds * max(cost.round_seconds for cost in edges) for edges, rounds in costs),
+        "upload_bytes": sum(rounds * cost.upload_bytes for edges, rounds in costs for cost in edges),
+        "download_bytes": sum(rounds * cost.download_bytes for edges, rounds in costs for cost in edges),
+        "deadline_seconds": deadline_seconds,
+        "trial_rounds": sum(any(edge.trial for edge in plan.edges.values()) * rounds for plan, rounds in foreseen),
     }

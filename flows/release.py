@@ -8,8 +8,9 @@ from prefect import flow, runtime
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from fedpipe_core.config import FederationConfig
-from fedpipe_core.errors import ReleaseError, TrackingError
+from fedpipe_core.errors import ConfigError, ReleaseError, TrackingError
 from fedpipe_core.export_choice import choose_exports
+from fedpipe_core.methods import METHODS
 from fedpipe_core.schemas import ExportRecord, FederationRecord, ReleaseReport, RoundRecord
 from flows.deployed import require_lasting_store
 from tasks import exports, progress, release, reports, tracking
@@ -44,6 +45,7 @@ def release_model(
         progress.note(f"runs that wait for their release in {store}: {', '.join(waiting) or 'none'}")
         return [None, *(release_model(name, store) for name in waiting)][-1]
     coordinator = _coordinator(run, store)
+    require_releasable(coordinator.config)
     with release.Release(coordinator, functools.partial(track, coordinator), baseline) as step:
         chosen = choose_exports(coordinator.config.release, coordinator.shape, read_profiles(coordinator))
         written = [exports.export(step, scheme, edges) for scheme, edges in chosen.items()]
@@ -51,6 +53,15 @@ def release_model(
     create_table_artifact(reports.gate_rows(report), key="gate", description=f"Gate of {run}")
     create_markdown_artifact(_summary(report), key="release", description=f"Release of {run}")
     return report
+
+
+def require_releasable(config: FederationConfig) -> None:
+    """Raises ConfigError for a method whose model cannot be written in a form that others load."""
+    reason = METHODS[config.method].unreleased
+    if reason:
+        raise ConfigError(
+            f"method {config.method} has no release: {reason}; run it with --no-release, which evaluates it"
+        )
 
 
 def _registered(step: release.Release, exports: list[ExportRecord]) -> ReleaseReport:

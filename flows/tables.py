@@ -18,26 +18,32 @@ SQLITE = "sqlite:///"
 
 def plan_table(document: dict[str, Any]) -> str:
     """What `fedpipe plan` prints: a row an edge, and the run's totals; or why an edge has no plan."""
-    if document["infeasible"]:
-        reasons = [f"  {reason}" for reason in document["infeasible"].values()]
+    reasons = [f"  {reason}" for reason in document["infeasible"].values()]
+    if not document["plan"]:
         return "No feasible plan for:\n" + "\n".join(reasons)
     totals = document["totals"]
     rows = [_plan_row(edge_id, edge) for edge_id, edge in document["plan"].items()]
+    trials = totals.get("trial_rounds", 0)
     header = ("edge", "bits", "batch", "steps", "modules×rank", "memory MiB", "round s", "up MiB", "limited by")
     return (
         f"{text_table(header, rows)}\n\n"
         f"deadline of a round {totals['deadline_seconds']:.1f} s; whole run {totals['seconds']:.1f} s, "
         f"{totals['upload_bytes'] / MIB:.1f} MiB up, {totals['download_bytes'] / MIB:.1f} MiB down"
+        + (f", if the largest size wins in each of {trials} rounds with trials" if trials else "")
+        + ("\nleft out, since no plan fits:\n" + "\n".join(reasons) if reasons else "")
     )
 
 
-def result_summary(result: RunResult) -> str:
-    """What `fedpipe run` prints: quality before and after, the model, and the commands that open both UIs."""
+def result_summary(result: RunResult, unreleased: str = "") -> str:
+    """What `fedpipe run` prints: quality before and after, the model, and the commands that open both UIs.
+
+    `unreleased` says why the method's model has no release, if it has none.
+    """
     before, after = result.baseline_metrics, result.metrics
     lines = [
         f"run        {result.run}, {len(result.rounds)} rounds, {result.seconds:.0f} s",
         *(f"{name:<10} {before[name]:.4f} before training, {value:.4f} after" for name, value in after.items()),
-        *_release_lines(result),
+        *([f"model      has no release: {unreleased}"] if unreleased else _release_lines(result)),
         f"MLflow     {_mlflow_ui(result.tracking.uri)}  # experiment {result.tracking.experiment}",
         f"Prefect    {_prefect_ui()}",
     ]
@@ -87,7 +93,7 @@ def _release_lines(result: RunResult) -> list[str]:
 
 def _plan_row(edge_id: str, edge: dict[str, Any]) -> tuple[str, ...]:
     ranks, cost = sorted(edge["ranks"].values()), edge["predicted"]
-    groups = " ".join(f"{ranks.count(rank)}×{rank}" for rank in sorted(set(ranks)))
+    groups = " ".join(f"{ranks.count(rank)}×{rank}" for rank in sorted(set(ranks))) or "all"
     numbers = (edge["base_bits"], edge["batch_size"], edge["local_steps"])
     sizes = (
         f"{cost['peak_memory_bytes'] / MIB:.0f}",

@@ -16,6 +16,7 @@ from fedpipe_core.aggregation import Update, aggregate
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import FedPipeError, UpdateRefusedError
 from fedpipe_core.schemas import EdgePlan, FailureRecord, FederationPlan, GlobalRecord, UpdateRecord
+from fedpipe_core.trials import settled
 from fedpipe_core.update_checks import check_update, screen_updates
 from fedpipe_core.wire import WireDtype, encode_adapter
 from fedpipe_core.wire_updates import decode_update, open_update
@@ -68,14 +69,16 @@ def combine_updates(run: StoredRun, round_index: int, answered: Collection[str] 
 
 def _combined(reader: "UpdateReader", asked: Collection[str]) -> Combination:
     run, record, previous = reader.run, reader.start, reader.previous
-    updates, hashes, dropped = _read_updates(reader, asked)
+    updates, records, dropped = _read_updates(reader, asked)
     counted, refused, opposed = screen_updates(updates, run.config.aggregation, record.opposed)
-    dropped |= refused
+    dropped = run.plan.dropped | dropped | refused
     found = aggregate(previous, counted, run.config.aggregation, _before_previous(run, record.round))
+    hashes = {edge_id: update.adapter.sha256 for edge_id, update in records.items()}
     used = {update.edge_id: hashes[update.edge_id] for update in counted}
+    adapter = settled(found.adapter, previous.ranks, run.plan, {edge_id: records[edge_id] for edge_id in used})
     return Combination(
-        data=encode_adapter(found.adapter, wire_dtype(run.config)),
-        ranks=found.adapter.ranks,
+        data=encode_adapter(adapter, wire_dtype(run.config)),
+        ranks=adapter.ranks,
         counted=used,
         refused={edge_id: sha256 for edge_id, sha256 in hashes.items() if edge_id not in used},
         dropped=dropped,
@@ -127,19 +130,21 @@ class UpdateReader:
         return open_update(path, start)
 
 
-def _read_updates(reader: UpdateReader, edges: Collection[str]) -> tuple[list[Update], dict[str, str], dict[str, str]]:
-    """The updates that are what the plan asked for, the hash of each that came, and why other edges have none."""
+def _read_updates(
+    reader: UpdateReader, edges: Collection[str]
+) -> tuple[list[Update], dict[str, UpdateRecord], dict[str, str]]:
+    """The updates that are what the plan asked for, the record of each that came, and why other edges have none."""
     run, round_index = reader.run, reader.start.round
-    updates, hashes, dropped = [], {}, {}
+    updates, records, dropped = [], {}, {}
     for edge_id in edges:
         try:
             record = _required_update(run, round_index, edge_id)
-            hashes[edge_id] = record.adapter.sha256
+            records[edge_id] = record
             _require(record, edge_id, run=run.keys.run, round=round_index, edge_id=edge_id)
             updates.append(_decode(reader, record))
         except FedPipeError as refusal:
             dropped[edge_id] = str(refusal)
-    return updates, hashes, dropped
+    return updates, records, dropped
 
 
 def _required_update(run: StoredRun, round_index: int, edge_id: str) -> UpdateRecord:

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 
-from fedpipe_core.edge_model import EdgeModel, build_edge_model, with_frozen_right_factors
+from fedpipe_core.edge_model import EdgeModel
+from fedpipe_core.forms import FORMS, InstanceSpec
+from fedpipe_core.methods import Form
 from fedpipe_core.model import Base
 
 MOST_IDLE = 16
@@ -22,18 +24,14 @@ class ModelDesign:
     """All that an instance depends on: edges of equal designs may train in the same one."""
 
     base: Base
-    ranks: tuple[tuple[str, int], ...]
-    modules: tuple[str, ...]
-    rank_cap: int
-    scaling: float
-    checkpointing: bool
-    trains_right: bool
+    form: Form
+    spec: InstanceSpec
 
 
 @contextmanager
 def lent_model(design: ModelDesign) -> Iterator[EdgeModel]:
     """An instance of that design, for the block alone; one in whose block something failed is not used again."""
-    model = _take(design) or _build(design)
+    model = _take(design) or FORMS[design.form].build(design.base.model, design.spec)
     yield model
     with _changing:
         _idle.append((design, model))
@@ -50,10 +48,3 @@ def _take(design: ModelDesign) -> EdgeModel | None:
     with _changing:
         found = next((index for index in reversed(range(len(_idle))) if _idle[index][0] == design), None)
         return None if found is None else _idle.pop(found)[1]
-
-
-def _build(design: ModelDesign) -> EdgeModel:
-    model = build_edge_model(
-        design.base.model, dict(design.ranks), design.rank_cap, design.scaling, design.checkpointing, design.modules
-    )
-    return model if design.trains_right else with_frozen_right_factors(model)

@@ -24,7 +24,7 @@ from fedpipe_core.adapters import Adapter
 from fedpipe_core.batches import Batch, pad_batch
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ReleaseError
-from fedpipe_core.export import EXPORT_SCHEMES, TunedModel, merge
+from fedpipe_core.export import EXPORT_SCHEMES, TunedModel
 from fedpipe_core.export_proof import agreement, answers, measure_latency
 from fedpipe_core.gguf_export import GGUF_SCHEMES
 from fedpipe_core.quantized_export import QUANTIZED_SCHEMES
@@ -134,7 +134,7 @@ def _prepare(config: FederationConfig, adapter: Path) -> _Bench:
     step, size = max(1, len(by_length) // most), min(config.evaluation.batch_size, COMPARED_BATCH)
     rows = by_length[::step][:most]
     compared = [pad_batch(held_out, rows[start : start + size]) for start in range(0, len(rows), size)]
-    merged = merge(coordinator.base.model, decode_adapter(adapter.read_bytes()))
+    merged = coordinator.form.judged(coordinator.base.model, decode_adapter(adapter.read_bytes()))
     timed = pad_batch(held_out, by_length[middle : middle + TIMED_EXAMPLES])
     return _Bench(coordinator, compared, timed, answers(merged, compared, batches_at_once()))
 

@@ -17,14 +17,14 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import nn
 
-from fedpipe_core.adapters import initial_adapter
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.data import Examples, label_names, load_examples, load_examples_and_column
 from fedpipe_core.dialogues import Dialogues
 from fedpipe_core.errors import ConfigError, DataError, PlanError, QuorumError, SignatureError
 from fedpipe_core.evaluation import WritingTask, predict
-from fedpipe_core.export import merge
-from fedpipe_core.model import Base, head_parameters, model_shape
+from fedpipe_core.forms import FORMS, FormFunctions
+from fedpipe_core.methods import METHODS, method_shape
+from fedpipe_core.model import Base, model_shape
 from fedpipe_core.planning import plan_federation
 from fedpipe_core.predictions import Answers
 from fedpipe_core.schemas import (
@@ -67,6 +67,11 @@ class Coordinator:
     def shape(self) -> ModelShape:
         """What the cost model needs to know of the base."""
         return model_shape(self.base.model, self.config.data.labels)
+
+    @property
+    def form(self) -> FormFunctions:
+        """How what is trained becomes a model."""
+        return FORMS[METHODS[self.config.method].form]
 
     @functools.cached_property
     def _examples(self) -> Examples | Dialogues:
@@ -168,8 +173,9 @@ def forget_failures(coordinator: Coordinator, round_index: int) -> None:
 
 def adopt_plan(coordinator: Coordinator, saved: SavedPlan) -> None:
     """Publish a plan made before, with the profiles it rests on. Raises PlanError when it is not for these edges."""
-    expected, found = {edge.edge_id for edge in coordinator.config.edges}, set(saved.plan.edges)
-    unknown = [name for name in saved.plan.planned_modules if name not in coordinator.shape.modules]
+    expected, found = {edge.edge_id for edge in coordinator.config.edges}, {*saved.plan.edges, *saved.plan.dropped}
+    modules = method_shape(coordinator.shape, coordinator.config).modules
+    unknown = [name for name in saved.plan.planned_modules if name not in modules]
     if expected != found or unknown:
         difference = f"edges {sorted(expected ^ found)}" if expected != found else f"modules {unknown[:3]}"
         raise PlanError(f"the saved plan and the config differ in {difference}; make a plan with this config")
@@ -220,13 +226,12 @@ def _usable_profile(coordinator: Coordinator, edge_id: str) -> EdgeProfile | Non
 
 @task(task_run_name="publish the first adapter", cache_policy=NO_CACHE)
 def publish_first_adapter(coordinator: Coordinator, federation_plan: FederationPlan) -> None:
-    """Publish what round 1 starts from: B = 0 on every module any edge trains, and the untrained head."""
+    """Publish what round 1 starts from: the base itself, in the form in which the method changes it."""
     if coordinator.store.exists(coordinator.keys.global_record(1)):
         return
-    planned = federation_plan.planned_modules
-    shapes = {name: shape for name, shape in coordinator.shape.modules.items() if name in planned}
-    head = {name: value.detach().float().cpu() for name, value in head_parameters(coordinator.base.model).items()}
-    adapter = initial_adapter(shapes, federation_plan.largest_rank, head, coordinator.config.seed)
+    ranks = dict.fromkeys(federation_plan.planned_modules, federation_plan.largest_rank)
+    shapes = method_shape(coordinator.shape, coordinator.config).modules
+    adapter = coordinator.form.first(coordinator.base.model, shapes, ranks, coordinator.config.seed)
     data = encode_adapter(adapter, wire_dtype(coordinator.config))
     _publish_adapter(coordinator, 1, Combination(data, adapter.ranks, {}, {}, {}, ()))
 
@@ -255,7 +260,7 @@ def evaluate(coordinator: Coordinator, round_index: int, whole: bool) -> Answers
     _, adapter = read_global(coordinator.store, coordinator.keys, round_index, signed_by)
     share = None if whole else _share(coordinator.held_out, coordinator.config)
     with progress.working("coordinator", "evaluate"):
-        model = merge(coordinator.base.model, adapter)  # what would be released now
+        model = coordinator.form.judged(coordinator.base.model, adapter)  # what would be released now
         return coordinator.judge(model, share)
 
 

@@ -1,17 +1,20 @@
 """Which plan holds in which round: the federation's, and from the round on in which an edge joined, one that has it.
 
 An edge joins when its profile comes after the plan was made. It is planned for alone, within the deadline and the
-modules the others share, whose plans stay as they are; so nothing starts anew.
+modules the others share, whose plans stay as they are; so nothing starts anew. A method that tries sizes has a plan
+for every round in which they change.
 """
 
 import hashlib
 from pathlib import PurePosixPath
 
 from fedpipe_core.errors import IntegrityError, ObjectMissingError, PlanError
+from fedpipe_core.methods import METHODS
 from fedpipe_core.planning import plan_federation
-from fedpipe_core.schemas import EdgePlan, EdgeProfile, FederationPlan, ModelShape
+from fedpipe_core.schemas import EdgePlan, EdgeProfile, FederationPlan, GlobalRecord, ModelShape
+from fedpipe_core.trials import plan_trial
 from tasks import progress
-from tasks.federation import Coordinator
+from tasks.federation import Coordinator, read_profiles
 from tasks.records import RunKeys, get_record, put_record, recorded_edges
 from tasks.storage import ObjectStore
 
@@ -35,9 +38,10 @@ def plan_round(coordinator: Coordinator, round_index: int) -> FederationPlan:
     """The plan for an open round, with every edge whose profile has come by now."""
     store, keys = coordinator.store, coordinator.keys
     plan = plan_at(store, keys, round_index, coordinator.config.coordinator_signs)
-    listed = {edge.edge_id for edge in coordinator.config.remote_edges}
+    listed = {edge.edge_id for edge in coordinator.config.remote_edges} - set(plan.dropped)
     joining = sorted(listed.intersection(recorded_edges(store, keys.profiles)) - set(plan.edges)) if listed else []
-    if not joining or store.exists(keys.joined_plan(round_index)):
+    tries = METHODS[coordinator.config.method].trials and round_index > 1
+    if not (joining or tries) or store.exists(keys.joined_plan(round_index)):
         return plan
     joined = plan
     for edge_id in joining:
@@ -47,9 +51,28 @@ def plan_round(coordinator: Coordinator, round_index: int) -> FederationPlan:
             progress.note(f"{edge_id} cannot join round {round_index}: {error}")
             continue
         progress.note(f"{edge_id} joins in round {round_index}")
-    if joined is not plan:
+    if tries:
+        joined = _with_trial(coordinator, joined, round_index)
+    if tries or joined is not plan:
         put_record(store, keys.joined_plan(round_index), joined, coordinator.signing_key)
     return joined
+
+
+def _with_trial(coordinator: Coordinator, plan: FederationPlan, round_index: int) -> FederationPlan:
+    """The plan in which edges try other sizes around the one that the round starts from."""
+    config, keys = coordinator.config, coordinator.keys
+    record = get_record(coordinator.store, keys.global_record(round_index), GlobalRecord, config.coordinator_signs)
+    profiles = read_profiles(coordinator)
+    if record is None or set(plan.edges) - set(profiles):
+        raise IntegrityError(
+            f"store {coordinator.store.root}: {keys.global_record(round_index)} or a profile is missing"
+        )
+    found = plan_trial(plan, record.ranks, round_index, coordinator.shape, profiles, config)
+    tried = {edge_id: edge.trial.candidate for edge_id, edge in found.edges.items() if edge.trial}
+    if tried:
+        said = ", ".join(f"{edge_id} {candidate}" for edge_id, candidate in tried.items())
+        progress.note(f"round {round_index} tries sizes: {said}")
+    return found
 
 
 def _with_edge(coordinator: Coordinator, plan: FederationPlan, edge_id: str) -> FederationPlan:
@@ -68,7 +91,9 @@ def _with_edge(coordinator: Coordinator, plan: FederationPlan, edge_id: str) -> 
 
 def _plan_edge(coordinator: Coordinator, plan: FederationPlan, profile: EdgeProfile) -> EdgePlan:
     """Plan one edge within the others' modules, largest rank and deadline."""
-    config, modules = coordinator.config, set(plan.planned_modules)
+    config = coordinator.config
+    adapted = METHODS[config.method].form == "lora"  # the others do not choose modules
+    modules = set(plan.planned_modules if adapted else coordinator.shape.modules)
     ranks = tuple(rank for rank in config.planning.ranks if rank <= plan.largest_rank)
     planning = config.planning.model_copy(update={"round_seconds": plan.round_seconds, "ranks": ranks})
     shared = config.model_copy(update={"planning": planning})

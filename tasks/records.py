@@ -107,11 +107,11 @@ class RunKeys:
 
     @property
     def joined_plans(self) -> str:
-        """Folder of the plans made for edges that joined later."""
+        """Folder of the plans that hold from a later round on."""
         return f"{self.run}/plans"
 
     def joined_plan(self, round_index: int) -> str:
-        """The plan from this round on, where an edge joined: the one before it, and that edge's."""
+        """The plan from this round on: the one before it with an edge that joined, or with sizes to try."""
         return f"{self.joined_plans}/{round_index:04d}.json"
 
     def round_record(self, round_index: int) -> str:

@@ -20,6 +20,7 @@ from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.export import TunedModel
 from fedpipe_core.gate import Decision, decide
 from fedpipe_core.lineage_schemas import RunManifest
+from fedpipe_core.methods import METHODS
 from fedpipe_core.model_card import CardFacts, license_of, render_card
 from fedpipe_core.predictions import Answers, metric_interval
 from fedpipe_core.report import render_page
@@ -136,8 +137,8 @@ class Release:
         coordinator = self.coordinator
         _, adapter = read_global(coordinator.store, coordinator.keys, coordinator.config.rounds + 1)
         config, template = coordinator.config, chat_template(coordinator.config.data)
-        dtype, names = config.release.dtype, coordinator.label_names
-        return TunedModel(coordinator.base, adapter, dtype, names, template, config.model.base)
+        dtype, names, form = config.release.dtype, coordinator.label_names, METHODS[config.method].form
+        return TunedModel(coordinator.base, adapter, dtype, names, template, config.model.base, form)
 
 
 @task(task_run_name="register", cache_policy=NO_CACHE)

@@ -137,7 +137,7 @@ def plan_rows(plan: FederationPlan) -> list[dict[str, Any]]:
 def ranks_line(edge: EdgePlan) -> str:
     """How many modules have which rank, compactly: `12×4 6×8`."""
     ranks = sorted(edge.ranks.values())
-    return " ".join(f"{ranks.count(rank)}×{rank}" for rank in sorted(set(ranks)))
+    return " ".join(f"{ranks.count(rank)}×{rank}" for rank in sorted(set(ranks))) or "every parameter"
 
 
 def round_rows(rounds: Sequence[RoundRecord]) -> list[dict[str, Any]]:
@@ -164,7 +164,8 @@ def metrics_line(metrics: Mapping[str, float]) -> str:
 def log_plots(run: TrackedRun, plan: FederationPlan, rounds: Sequence[RoundRecord]) -> None:
     """Keep the learning curve and the ranks chosen as pictures in MLflow."""
     tracking.log_figure(run, _curves(rounds), "plots/rounds.png")
-    tracking.log_figure(run, _rank_map(plan), "plots/ranks.png")
+    if plan.planned_modules:
+        tracking.log_figure(run, _rank_map(plan), "plots/ranks.png")
 
 
 def _plan_report(edge: EdgePlan, updates: Sequence[UpdateRecord]) -> PlanReport:

@@ -95,8 +95,8 @@ class ServedEdge:
             raise UpdateRefusedError(f"late: round {self._open_round} was closed before training ended")
 
     def await_plan(self) -> None:
-        """Wait until a plan has this edge. Raises StoppedError when none is to come."""
-        self._await(lambda: self.session.is_planned() or None)
+        """Wait until a plan has this edge, or the run has ended. Raises StoppedError when none is to come."""
+        self._await(lambda: self.session.is_planned() or self._complete or None)
 
     def next_round(self) -> int | None:
         """Wait for an open round without this edge's answer; None when no round is left."""
@@ -110,7 +110,7 @@ class ServedEdge:
         if self._complete or index > self.session.config.rounds:
             return 0
         self._open_round = index
-        if index in (0, self._answered_round):
+        if index in (0, self._answered_round) or not self.session.is_ready(index):
             return None
         edge_id = self.session.edge_id
         if store.exists(keys.update_record(index, edge_id)):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fedpipe_core.errors import ConfigError
+from fedpipe_core.methods import METHODS
 from fedpipe_core.schemas import FederationRecord, RunResult
 from tasks.records import RunKeys, closed_rounds, get_record, recorded_edges
 from tasks.storage import ObjectStore, open_store
@@ -15,15 +16,17 @@ def list_runs(root: str) -> list[str]:
 
 
 def unreleased_runs(root: str) -> list[str]:
-    """Names of the runs whose rounds are all closed and that have no release, sorted."""
+    """Names of the runs whose rounds are all closed and that can have a release and have none, sorted."""
     store = open_store(root, write=False)
     return [run for run in list_runs(root) if _waits_for_release(store, RunKeys(run))]
 
 
 def _waits_for_release(store: ObjectStore, keys: RunKeys) -> bool:
     record = get_record(store, keys.federation, FederationRecord)
-    rounds = record.config.get("rounds") if record else None
-    done = rounds is not None and len(closed_rounds(store, keys)) == rounds
+    unreleased = [name for name, traits in METHODS.items() if traits.unreleased]
+    if record is None or record.config.get("method") in unreleased:
+        return False
+    done = len(closed_rounds(store, keys)) == record.config.get("rounds")
     return done and not store.exists(keys.release("report.json"))
 
 

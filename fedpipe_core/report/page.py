@@ -166,13 +166,13 @@ def _plan_row(facts: ReportFacts, edge_id: str) -> list[object]:
     memory = max((update.peak_memory_bytes for update in updates), default=None)
     seconds = max((update.round_seconds for update in updates), default=None)
     upload = max((update.adapter.size_bytes for update in updates), default=None)
-    span = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]}–{ranks[-1]}"
+    span = "–".join(f"{rank}" for rank in sorted({*ranks[:1], *ranks[-1:]}))
     return [
         Cell(f'<i class="swatch {colour}"></i>{escape(edge_id)}'),
         f"{profile.num_examples:,}" if profile else "",
         f"{plan.base_bits} bit",
         f"{plan.batch_size} × {plan.local_steps}",
-        f"{len(ranks)} of rank {span}",
+        f"{len(ranks)} of rank {span}" if ranks else "every parameter",
         measured_beside(cost.peak_memory_bytes, memory, (size(cost.peak_memory_bytes), size(memory or 0)), colour),
         measured_beside(cost.round_seconds, seconds, (duration(cost.round_seconds), duration(seconds or 0)), colour),
         measured_beside(cost.upload_bytes, upload, (size(cost.upload_bytes), size(upload or 0)), colour),
@@ -233,6 +233,8 @@ def _importance(facts: ReportFacts) -> str:
 
 
 def _ranks(facts: ReportFacts) -> str:
+    if not facts.modules:  # every parameter is trained
+        return ""
     shown = facts.edges[:_MAPPED_EDGES]
     modules = facts.modules
     drawn = [

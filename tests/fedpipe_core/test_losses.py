@@ -8,6 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from fedpipe_core import losses, output_layer
 from fedpipe_core.batches import pad_batch
 from fedpipe_core.edge_model import build_edge_model
+from fedpipe_core.forms import FORMS, InstanceSpec
 from fedpipe_core.losses import learned_tokens, token_logits, training_loss
 from fedpipe_core.model import Base, adaptable_modules
 from fedpipe_core.resources import saved_tensor_bytes
@@ -67,6 +68,21 @@ def test_gradients_of_tokens_scored_some_at_a_time_are_those_of_transformers(
     found = []
     for loss in (training_loss(edge.model, BATCH), edge.model(**BATCH, use_cache=False).loss):
         found.append(torch.autograd.grad(loss, edge.adapter_parameters()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("parted", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "tied", "gpt2"])
+def test_gradients_of_all_parameters_are_those_of_transformers(
+    tiny_writer: Callable[..., Base], architecture: str, parted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_writer(architecture).model
+    monkeypatch.setattr(losses, "SCORED_AT_ONCE", 4)
+    monkeypatch.setitem(output_layer._parted, type(base), parted)
+    edge = FORMS["whole"].build(base, InstanceSpec({}, (), tail_cap=0, scaling=1.0))
+    found = []
+    for loss in (3 * training_loss(edge.model, BATCH), 3 * edge.model(**BATCH, use_cache=False).loss):
+        found.append(torch.autograd.grad(loss, list(edge.model.parameters())))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 

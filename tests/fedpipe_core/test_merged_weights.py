@@ -15,6 +15,7 @@ from fedpipe_core.adapters import Adapter
 from fedpipe_core.config import ModelSpec
 from fedpipe_core.errors import ModelError
 from fedpipe_core.export import EXPORT_SCHEMES, TunedModel, merge
+from fedpipe_core.forms import FORMS
 from fedpipe_core.merged_weights import MergedWeights, write_weights
 from fedpipe_core.model import Base, adaptable_modules, load_base
 
@@ -54,6 +55,29 @@ def test_tensors_equal_those_of_the_model_merged_in_memory(
     weights, expected = MergedWeights(base, adapter), in_memory(base, adapter, dtype)
     assert set(weights.shapes) == set(expected)
     assert all(torch.equal(weights.tensor(name).to(dtype), expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_tensors_of_a_model_trained_whole_equal_those_it_is_judged_by(
+    tiny_base: Callable[..., Base], architecture: str
+) -> None:
+    check_trained_whole(tiny_base(architecture))
+
+
+def test_tied_embeddings_trained_whole_equal_those_they_are_judged_by(writer: Base) -> None:
+    check_trained_whole(writer)
+
+
+def check_trained_whole(base: Base) -> None:
+    generator = torch.Generator().manual_seed(0)
+    changes = {
+        name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in base.model.named_parameters()
+    }
+    weights = MergedWeights(base, Adapter({}, changes), "whole")
+    expected = FORMS["whole"].judged(base.model, weights.adapter).state_dict()
+    assert set(weights.shapes) >= set(changes)
+    assert all(torch.equal(weights.tensor(name), expected[name]) for name in weights.shapes)
+    assert not any(torch.equal(weights.tensor(name), value) for name, value in base.model.named_parameters())
 
 
 @pytest.mark.parametrize("architecture", WRITERS)

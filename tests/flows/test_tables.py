@@ -63,6 +63,9 @@ def test_password_of_a_tracking_database_is_not_shown(result: RunResult) -> None
 def test_unreleased_run_says_how_to_release_it(result: RunResult) -> None:
     unreleased = result.model_copy(update={"model": None, "exports": []})
     assert f"`fedpipe release first --store {result.store}` does it" in tables.result_summary(unreleased)
+    without = tables.result_summary(unreleased, "nothing loads it")
+    assert "model      has no release: nothing loads it" in without
+    assert "fedpipe release" not in without
 
 
 def test_prefect_server_of_the_run_is_named(result: RunResult, prefect_api: str) -> None:
@@ -99,6 +102,19 @@ def test_plan_is_a_table_with_the_runs_totals() -> None:
     ]
     assert row.split() == ["household", "32", "16", "80", "2×4", "1×8", "300", "12.3", "1.00", "memory"]
     assert totals == "deadline of a round 12.5 s; whole run 37.0 s, 4.0 MiB up, 4.0 MiB down"
+
+
+def test_totals_of_a_plan_with_trials_say_what_they_take_for_granted() -> None:
+    document = plan_document()
+    document["totals"]["trial_rounds"] = 2
+    assert tables.plan_table(document).endswith(
+        "4.0 MiB down, if the largest size wins in each of 2 rounds with trials"
+    )
+
+
+def test_an_edge_that_is_left_out_is_named_below_the_plan() -> None:
+    document = plan_document(infeasible={"bank": "bank: memory: too little"})
+    assert tables.plan_table(document).endswith("left out, since no plan fits:\n  bank: memory: too little")
 
 
 def test_infeasible_edges_are_listed_with_their_reasons() -> None:

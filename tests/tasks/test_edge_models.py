@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import save_tiny_model
 
 from fedpipe_core.config import ModelSpec
+from fedpipe_core.forms import InstanceSpec
 from fedpipe_core.model import Base, load_base
 from tasks import edge_models
 from tasks.edge_models import MOST_IDLE, ModelDesign, lent_model
@@ -24,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 
 def design(base: Base, rank: int = 2) -> ModelDesign:
-    return ModelDesign(base, ((QUERY, rank),), (QUERY,), 0, 1.0, False, True)
+    return ModelDesign(base, "lora", InstanceSpec({QUERY: rank}, (QUERY,), tail_cap=0, scaling=1.0))
 
 
 def test_edges_that_train_one_after_another_share_an_instance(base: Base) -> None:
@@ -47,6 +50,15 @@ def test_edges_of_unequal_plans_share_none(base: Base) -> None:
         assert second is not first
 
 
+def test_methods_that_train_otherwise_share_none(base: Base) -> None:
+    whole = replace(design(base), form="whole")
+    with lent_model(design(base)) as adapted:
+        pass
+    with lent_model(whole) as trained:
+        assert trained is not adapted
+        assert len(trained.dense) == len(list(base.model.parameters()))
+
+
 def test_an_instance_in_which_training_failed_is_not_used_again(base: Base) -> None:
     with pytest.raises(RuntimeError, match="diverged"), lent_model(design(base)) as failed, torch.no_grad():
         raise RuntimeError("diverged")
@@ -58,4 +70,4 @@ def test_few_idle_instances_are_kept_however_many_plans_there_are(base: Base) ->
     for rank in range(1, MOST_IDLE + 4):
         with lent_model(design(base, rank)):
             pass
-    assert [kept.ranks[0][1] for kept, _ in edge_models._idle] == list(range(4, MOST_IDLE + 4))
+    assert [kept.spec.ranks[QUERY] for kept, _ in edge_models._idle] == list(range(4, MOST_IDLE + 4))

@@ -1,0 +1,262 @@
+"""The claims on public data: FedPipe beside full fine-tuning, uniform LoRA and FedAdapter, at equal simulated time.
+
+Run `python benchmarks/evidence.py [--task NAME ...] [--part main|spread|edges|ablations] [--seeds N] [--json]`. The
+protocol is docs/evidence.md. Every run is kept under `benchmarks/results/evidence-TASK.json` as soon as it is done, so
+a set that was stopped goes on where it was, and a second call only prints. `--reduced` is what `make evidence` runs:
+CLINC150 by domain on unequal edges, one seed, less time and two rates, kept in `.fedpipe`. `--quick` keeps nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import Check, at_least, at_most, finish, markdown_table, parser
+from evidence_cases import (
+    ABLATIONS,
+    FEDLORA,
+    FEDPIPE,
+    FULL,
+    HETEROGENEOUS,
+    HOMOGENEOUS,
+    METHODS,
+    Case,
+    Task,
+    make_config,
+    read_task,
+    slowdowns,
+)
+from federations import FOLDER, IMAGES, Results, Run, config_hash
+from simulated_clock import Setting, core_of, simulate, spread
+
+REDUCED = {"budget_seconds": 100.0, "rates": (0.0005, 0.004)}
+QUICK = {"budget_seconds": 12.0, "rates": (0.004,)}
+QUICK_CHANGES = {"training.examples_per_round": 16, "evaluation.examples_per_round": 40}
+SEEDS = 3
+SPREADS = (1.0, 2.0, 4.0, 8.0, 16.0)
+EDGE_COUNTS = (5, 10, 20)
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in one place over the seeds: medians, and the range of the metric at the end."""
+
+    place: str
+    method: str
+    rate: float
+    seeds: int
+    seconds_to_target: float | None
+    value: float
+    worst: float
+    best: float
+    rounds: int
+    edges: int
+    round_spread: float
+    under_training: float
+    trained_parameters: int
+    mib_up: float
+    mib_down: float
+    peak_mib: float
+    profile_share: float
+
+
+class Bench:
+    """Runs of one task: each is kept by its name and config, and made only where it is not there yet."""
+
+    def __init__(self, task: Task, results: Results):
+        self.task, self.results = task, results
+        first = Case(HOMOGENEOUS, next(iter(task.partitions)), FEDPIPE, task.rates[0])
+        self._core = core_of(make_config(task, first), results)
+
+    def run(self, case: Case) -> Run:
+        """The run of a case."""
+        config = make_config(self.task, case)
+        setting = Setting(self.task.budget_seconds, slowdowns(case), *self._core, strict=True)
+        key = f"{config_hash(config)}, {self.task.budget_seconds:g} s, {sorted(slowdowns(case).values())}"
+        return self.results.kept(case.name, key, lambda: simulate(config, setting))
+
+    def best_rate(self, case: Case) -> float:
+        """The rate of the grid whose run, with seed 0, ends with the least loss on the edges' validation rows."""
+        tried = {rate: self.run(replace(case, rate=rate, seed=0)) for rate in self.task.rates}
+        return min(tried, key=lambda rate: _validation_loss(tried[rate]))
+
+    def target(self, partition: str) -> float | None:
+        """The share of full fine-tuning's last value, on equal edges that all hold it."""
+        case = Case(HOMOGENEOUS, partition, FULL, self.task.rates[0])
+        value = _last(self.run(replace(case, rate=self.best_rate(case))), self.task.metric)
+        return None if value is None else self.task.target(value)
+
+    def row(self, place: str, case: Case, seeds: int, target: float | None) -> Row:
+        """A case with every seed."""
+        runs = [self.run(replace(case, seed=seed)) for seed in range(seeds)]
+        values = [run["final"][self.task.metric] for run in runs]
+        times = [self._time_to(run, target) for run in runs]
+        order = sorted(values, reverse=self.task.higher_is_better)
+        plans = [list(run["plan"].values()) for run in runs]
+        return Row(
+            place=place,
+            method=case.method,
+            rate=case.rate,
+            seeds=seeds,
+            seconds_to_target=None if None in times else median(t for t in times if t is not None),
+            value=median(values),
+            worst=order[-1],
+            best=order[0],
+            rounds=round(median(len(run["rounds"]) for run in runs)),
+            edges=round(median(len(plan) for plan in plans)),
+            round_spread=median(spread(run) if run["rounds"] else 0.0 for run in runs),
+            under_training=median(sum(p["under_training"] for p in plan) / len(plan) for plan in plans),
+            trained_parameters=round(median(sum(p["trained_parameters"] for p in plan) / len(plan) for plan in plans)),
+            mib_up=median(sum(found["upload_bytes"] for found in run["rounds"]) for run in runs) / MIB,
+            mib_down=median(sum(found["download_bytes"] for found in run["rounds"]) for run in runs) / MIB,
+            peak_mib=median(max(p["predicted_memory_mib"] for p in plan) for plan in plans),
+            profile_share=median(r["profile_seconds"] + r["planning_seconds"] for r in runs) / self.task.budget_seconds,
+        )
+
+    def _time_to(self, run: Run, target: float | None) -> float | None:
+        if target is None:
+            return None
+        reached = (r["clock"] for r in run["rounds"] if self.task.reached(r[self.task.metric], target))
+        return next(reached, None)
+
+
+def _validation_loss(run: Run) -> float:
+    return run["rounds"][-1]["validation_loss"] if run["rounds"] else float("inf")
+
+
+def _last(run: Run, metric: str) -> float | None:
+    return run["rounds"][-1][metric] if run["rounds"] else None
+
+
+def main_rows(bench: Bench, settings: Sequence[str], partitions: Sequence[str], seeds: int) -> list[Row]:
+    """All methods in every setting, each with its best rate."""
+    rows = []
+    for partition in partitions:
+        target = bench.target(partition)
+        for setting in settings:
+            for method in METHODS:
+                case = Case(setting, partition, method, bench.task.rates[0])
+                best = replace(case, rate=bench.best_rate(case))
+                rows.append(bench.row(f"{setting}, {partition}", best, seeds, target))
+    return rows
+
+
+def sweep_rows(bench: Bench, part: str) -> list[Row]:
+    """One seed over the spread of speeds, the number of edges, or FedPipe's parts; rates are those of the main part."""
+    partition = "dirichlet" if part == "edges" else "domain"
+    base = Case(HETEROGENEOUS, partition, FEDPIPE, bench.task.rates[0])
+    target = bench.target(partition)
+    rates = {method: bench.best_rate(replace(base, method=method)) for method in METHODS}
+    if part == "ablations":
+        cases = [("whole", base), *(("without", replace(base, method=name)) for name in ABLATIONS)]
+        return [bench.row(where, replace(case, rate=rates[FEDPIPE]), 1, target) for where, case in cases]
+    places = (
+        [(f"speeds 1 to {s:g}", replace(base, slowest=s)) for s in SPREADS]
+        if part == "spread"
+        else [(f"{count} edges", replace(base, edges=count)) for count in EDGE_COUNTS]
+    )
+    return [bench.row(p, replace(c, method=m, rate=rates[m]), 1, target) for p, c in places for m in METHODS]
+
+
+def checks(task: Task, rows: Sequence[Row]) -> list[Check]:
+    """The aims, in the heterogeneous setting; who does not reach the target is counted with the whole budget."""
+    found: list[Check] = []
+    for place in dict.fromkeys(row.place for row in rows if row.place.startswith(HETEROGENEOUS)):
+        here = {row.method: row for row in rows if row.place == place}
+        ours, others = here[FEDPIPE], [row for name, row in here.items() if name != FEDPIPE]
+        for other in others if ours.seconds_to_target else ():
+            ratio = (other.seconds_to_target or task.budget_seconds) / (ours.seconds_to_target or 1.0)
+            aim = 2.0 if other.method == FEDLORA else 1.0
+            found.append(at_least(f"{place}: time of {other.method} over ours", ratio, aim))
+        sign = 1.0 if task.higher_is_better else -1.0
+        lead = sign * ours.best - max(sign * row.worst for row in others)
+        found.append(at_least(f"{place}: our best end less the best other's worst", lead, 0.0))
+        uniform = here[FEDLORA]
+        parameters = ours.trained_parameters / uniform.trained_parameters
+        moved = (ours.mib_up + ours.mib_down) / ((uniform.mib_up + uniform.mib_down) or 1.0)
+        found.append(at_most(f"{place}: parameters over fedlora's", parameters, 0.5))
+        found.append(at_most(f"{place}: bytes over fedlora's", moved, 0.5))
+    return found
+
+
+def table(task: Task, rows: Sequence[Row]) -> str:
+    """The table in Markdown."""
+    head = ["where", "method", "rate", "seeds", "s to target", task.metric, "range", "rounds", "edges", "spread"]
+    head += ["left over", "parameters", "MiB up", "MiB down", "peak MiB", "profiling"]
+    return markdown_table(head, [_cells(row) for row in rows])
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        *(row.place, row.method, f"{row.rate:g}", str(row.seeds)),
+        "not reached" if row.seconds_to_target is None else f"{row.seconds_to_target:.0f}",
+        *(f"{row.value:.3f}", f"{row.worst:.3f}–{row.best:.3f}", str(row.rounds), str(row.edges)),
+        *(f"{row.round_spread:.0%}", f"{row.under_training:.0%}", f"{row.trained_parameters:,}"),
+        *(f"{row.mib_up:.1f}", f"{row.mib_down:.1f}", f"{row.peak_mib:.0f}", f"{row.profile_share:.1%}"),
+    ]
+
+
+def plot(bench: Bench, rows: Sequence[Row], settings: Sequence[str], partitions: Sequence[str]) -> None:
+    """The metric against simulated time and against bytes moved, one line a method, seed 0."""
+    from matplotlib.figure import Figure
+
+    rates = {(row.place, row.method): row.rate for row in rows}
+    for setting in settings:
+        for partition in partitions:
+            figure = Figure(figsize=(9, 3.6), layout="constrained")
+            by_time, by_bytes = figure.subplots(1, 2, sharey=True)
+            for method in METHODS:
+                rate = rates[f"{setting}, {partition}", method]
+                rounds = bench.run(Case(setting, partition, method, rate))["rounds"]
+                moved = [found["upload_bytes"] + found["download_bytes"] for found in rounds]
+                values = [found[bench.task.metric] for found in rounds]
+                by_time.plot([found["clock"] for found in rounds], values, marker=".", label=method)
+                by_bytes.plot([sum(moved[: i + 1]) / MIB for i in range(len(moved))], values, marker=".")
+            by_time.set(xlabel="simulated seconds", ylabel=bench.task.metric)
+            by_bytes.set(xlabel="MiB moved", xscale="log")
+            by_time.legend()
+            figure.savefig(IMAGES / f"evidence-{bench.task.name}-{setting}-{partition}.png", dpi=110)
+
+
+def _arguments() -> Any:
+    options = parser(__doc__)
+    options.add_argument("--task", nargs="+", default=["clinc150", "snips", "e2e"], help="names or files of tasks")
+    options.add_argument("--part", choices=("main", "spread", "edges", "ablations"), default="main")
+    options.add_argument("--seeds", type=int, default=SEEDS, help="number of seeds of the main part")
+    options.add_argument("--reduced", action="store_true", help="one task and setting in less than 30 minutes")
+    options.add_argument("--quick", action="store_true", help="train hardly anything, keep nothing")
+    return options.parse_args()
+
+
+def main() -> None:
+    """Print each task's table and checks."""
+    options = _arguments()
+    torch.set_num_threads(1)
+    small = options.quick or options.reduced
+    tables: list[str] = []
+    document: dict[str, Any] = {"part": options.part, "tasks": {}}
+    found: list[Check] = []
+    for name in options.task[:1] if small else options.task:
+        task = read_task(name)
+        if options.quick:
+            task = replace(task, **QUICK, changes={**task.changes, **QUICK_CHANGES})
+        elif options.reduced:
+            task = replace(task, **REDUCED)
+        kept = Path(".fedpipe") if options.reduced else FOLDER / "results"
+        bench = Bench(task, Results(None if options.quick else kept / f"evidence-{task.name}.json"))
+        places = ([HETEROGENEOUS], ["domain"]) if small else ([HOMOGENEOUS, HETEROGENEOUS], list(task.partitions))
+        seeds = 1 if small else options.seeds
+        rows = main_rows(bench, *places, seeds) if options.part == "main" else sweep_rows(bench, options.part)
+        if options.part == "main" and not small:
+            plot(bench, rows, *places)
+        found += checks(task, rows) if options.part == "main" else []
+        tables.append(table(task, rows))
+        document["tasks"][task.name] = [asdict(row) for row in rows]
+    finish(options.json, document, found, "\n\n".join(tables))
+
+
+if __name__ == "__main__":
+    main()

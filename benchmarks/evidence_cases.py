@@ -1,0 +1,121 @@
+"""What `evidence` runs: a task's file, the settings of the protocol, and the config that a case comes to.
+
+Another model or data set is one more file in `benchmarks/evidence_tasks`, beside a federation's config.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from federations import FOLDER
+from time_to_accuracy import METHODS as VARIANTS
+
+from fedpipe_core.config import FederationConfig
+from fedpipe_core.config_file import load_config
+
+TASKS = FOLDER / "evidence_tasks"
+HOMOGENEOUS, HETEROGENEOUS = "homogeneous", "heterogeneous"
+SPEEDS = {HOMOGENEOUS: (1.0, 1.0, 1.0, 1.0, 1.0), HETEROGENEOUS: (1.0, 1.0, 2.0, 4.0, 8.0)}  # times slower than a core
+MBIT = {HOMOGENEOUS: (100.0,) * 5, HETEROGENEOUS: (200.0, 100.0, 50.0, 20.0, 10.0)}
+TARGET_SHARE = 0.95
+FEDPIPE, FEDLORA, FEDADAPTER, FULL = "fedpipe", "fedlora", "fedadapter", "full"
+METHODS: dict[str, dict[str, Any]] = {
+    FEDPIPE: VARIANTS["fedpipe"],
+    FEDLORA: VARIANTS["fedlora"],
+    FEDADAPTER: {"method": "fedadapter"},
+    FULL: {"method": "full"},
+}
+RULES = ("fedavg", "hetlora", "rankwise", "flexlora", "ffa", "raflora", "flora_stack")
+ABLATIONS: dict[str, dict[str, Any]] = {
+    **{name: changes for name, changes in VARIANTS.items() if not name.startswith(("fedpipe", "fedlora"))},
+    **{f"rule {rule}": {**VARIANTS["fedpipe"], "aggregation.rule": rule} for rule in RULES},
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the protocol leaves to a model and a data set; `changes` are dotted keys of the federation's config."""
+
+    name: str
+    federation: Path
+    metric: str
+    higher_is_better: bool
+    budget_seconds: float
+    rates: tuple[float, ...]
+    memory_gib: Mapping[str, list[float]]
+    partitions: Mapping[str, dict[str, Any]]
+    values: list[list[str]]
+    changes: Mapping[str, Any]
+
+    def target(self, full: float) -> float:
+        """The value to be reached, from what full fine-tuning ends with on edges that all hold it."""
+        return full * TARGET_SHARE if self.higher_is_better else full / TARGET_SHARE
+
+    def reached(self, value: float, target: float) -> bool:
+        """Whether a value is as good as the target."""
+        return value >= target if self.higher_is_better else value <= target
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: who trains what, on which edges, with which seed and peak rate."""
+
+    setting: str
+    partition: str
+    method: str
+    rate: float
+    seed: int = 0
+    slowest: float = 8.0  # of heterogeneous edges, times slower than a core
+    edges: int = 5
+
+    @property
+    def name(self) -> str:
+        """Under which the run is kept."""
+        spread = f"/{self.slowest:g}x" if self.slowest != 8.0 else ""
+        count = f"/{self.edges} edges" if self.edges != 5 else ""
+        return f"{self.setting}{spread}{count}/{self.partition}/{self.method}/rate {self.rate:g}/seed {self.seed}"
+
+
+def read_task(name: str) -> Task:
+    """The task of that name, or in that file."""
+    path = Path(name) if name.endswith(".yaml") else TASKS / f"{name}.yaml"
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document["federation"] = (path.parent / document["federation"]).resolve()
+    return Task(name=path.stem, **document | {"rates": tuple(document["rates"])})
+
+
+def slowdowns(case: Case) -> dict[str, float]:
+    """How many times slower than a core every edge is: the middle ones spaced evenly up to the slowest."""
+    speeds = SPEEDS[case.setting]
+    if case.setting == HETEROGENEOUS:
+        speeds = (1.0, 1.0, case.slowest ** (1 / 3), case.slowest ** (2 / 3), case.slowest)
+    return {f"edge-{index + 1:02d}": speeds[index % 5] for index in range(case.edges)}
+
+
+def make_config(task: Task, case: Case) -> FederationConfig:
+    """The config of a case."""
+    by_column = task.partitions[case.partition]["by"] == "column"
+    edges = [
+        {
+            "edge_id": edge_id,
+            **({"values": task.values[index % 5]} if by_column else {}),
+            "resources": {
+                "memory_gib": task.memory_gib[case.setting][index % 5],
+                "bandwidth_mbit": MBIT[case.setting][index % 5],
+                "tokens_per_second": 1000 / slowdown,
+            },
+        }
+        for index, (edge_id, slowdown) in enumerate(slowdowns(case).items())
+    ]
+    document = {
+        "seed": case.seed,
+        "data.partition": task.partitions[case.partition],
+        "edges": edges,
+        **task.changes,
+        "training.learning_rate": case.rate,
+        **(METHODS | ABLATIONS)[case.method],
+    }
+    return load_config(task.federation, [f"{key}={json.dumps(value)}" for key, value in document.items()])

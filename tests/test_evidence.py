@@ -1,0 +1,39 @@
+"""What `make evidence` runs is what the code accepts today."""
+
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TASKS = sorted(path.stem for path in (BENCHMARKS / "evidence_tasks").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_case_of_a_task_is_a_config_that_loads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from evidence_cases import ABLATIONS, METHODS, SPEEDS, Case, make_config, read_task
+
+    task = read_task(name)
+    names = set()
+    for setting in SPEEDS:
+        for partition in task.partitions:
+            for method in [*METHODS, *ABLATIONS]:
+                case = Case(setting, partition, method, task.rates[0])
+                config = make_config(task, case)
+                assert len(config.edges) == 5
+                assert config.planning.unfit_edges == "drop"
+                names.add(case.name)
+    assert len(names) == len(SPEEDS) * len(task.partitions) * (len(METHODS) + len(ABLATIONS))
+    assert len(make_config(task, Case("heterogeneous", "iid", "fedpipe", 0.001, edges=20)).edges) == 20
+
+
+def test_a_target_is_a_share_of_what_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from evidence_cases import read_task
+
+    accuracy, loss = read_task("clinc150"), read_task("e2e")
+    assert accuracy.target(0.9) == pytest.approx(0.855)
+    assert accuracy.reached(0.86, 0.855)
+    assert loss.target(1.9) == pytest.approx(2.0)
+    assert loss.reached(1.99, 2.0)
+    assert not loss.reached(2.01, 2.0)
