@@ -43,6 +43,8 @@ COMMON: dict[str, Any] = {
     "planning.ranks": [1, 2, 4, 8, 16],
     "planning.batch_sizes": [8, 16, 32],
     "planning.parameter_price": 0.3,
+    "planning.profile_steps": 20,
+    "planning.profile_batch_size": 8,
     "aggregation.rank_cap": 16,
 }
 UNIFORM = {"method": "fedlora", "aggregation.rule": "fedavg", "planning.importance": "uniform"}
