@@ -143,12 +143,13 @@ class CostModel:
     def backbone_activation_bytes(self, tokens: float, lowest_block: int, checkpointing: bool) -> float:
         """What the frozen network keeps, and on top the larger of what scoring and the way back through a block take.
 
-        Without checkpointing every reached block keeps its share; with it each keeps its input, and one is recomputed.
+        Without checkpointing every reached block keeps its share; with it each keeps its input, and one is recomputed,
+        whose values stay until its backward pass is done, where they otherwise make room for gradients one by one.
         Logits and their gradient are gone before the way back reaches a block.
         """
         cost, blocks, value = self.profile.activation_cost, self._num_blocks, self.profile.value_bytes
         reached = blocks - lowest_block
-        in_flight = value * GRADIENTS_IN_FLIGHT * self._widest_module
+        in_flight = value * (GRADIENTS_IN_FLIGHT + checkpointing) * self._widest_module
         if checkpointing:
             kept, recomputed = float(value * self.shape.hidden_features * reached), cost.per_token_bytes / blocks
         else:
