@@ -98,19 +98,21 @@ def measured_step_cost(
     dequantization = {width: _dequantization_seconds(base, width, clock) for width in quantized}
     dequantized = dequantization.get(bits_of(base), 0.0)
     features = sum(shape.features for shape in adaptable_modules(base).values())
+
+    def timed(step: Callable[[Mapping[str, Tensor]], Any], batch: Batch) -> float:
+        return _fastest_seconds(partial(step, move_batch(batch, base)), device_of(base), clock)
+
     rows, seconds = [], []
     for rank, batch in ((0, large), (low, small), (low, large), (high, large)):
         tokens = float(batch["input_ids"].numel())
         rows.append([1.0, tokens, tokens * features * (rank > 0), tokens * features * rank])
-        step = _adapted_step(base, rank) if rank else _plain_step(base)
-        taken = _fastest_seconds(partial(step, move_batch(batch, base)), device_of(base), clock)
+        taken = timed(_adapted_step(base, rank) if rank else _plain_step(base), batch)
         seconds.append(max(0.0, taken - dequantized))
     matrix = torch.tensor(rows, dtype=torch.float64)
     scale = matrix.amax(dim=0)
     fitted = nnls((matrix / scale).numpy(), seconds)[0] / scale.numpy()
     per_token = float(fitted[1]) or (seconds[0] or taken) / rows[0][1]
-    forward = _fastest_seconds(partial(_forward_step(base), move_batch(large, base)), device_of(base), clock)
-    forward -= float(fitted[0]) + DEQUANTIZED_FORWARD * dequantized
+    forward = timed(_forward_step(base), large) - float(fitted[0]) - DEQUANTIZED_FORWARD * dequantized
     return StepCost(
         fixed_seconds=float(fitted[0]),
         per_token_seconds=per_token,
@@ -194,9 +196,7 @@ def _forward_step(base: nn.Module) -> Callable[[Mapping[str, Tensor]], Any]:
     """One step of a throw-away instance whose gradients end at its head, or that has none where there is no head."""
     model = share(base)
     own_head(model)
-    head = list(head_parameters(model).values())
-    for parameter in head:
-        parameter.requires_grad_(True)
+    head = head_parameters(model).values()
     return _step(model, head) if head else torch.no_grad()(partial(training_loss, model))
 
 

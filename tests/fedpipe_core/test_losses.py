@@ -56,6 +56,15 @@ def test_a_row_whose_first_token_is_learned_loses_only_that_token(tiny_writer: C
     assert learned_tokens(tiny_writer("llama").model, pad_batch(plain, [0])).targets.tolist() == [8, 9]
 
 
+def assert_gradients_are_those_of_transformers(
+    model: torch.nn.Module, parameters: list[torch.nn.Parameter], factor: float = 1
+) -> None:
+    """Of `factor` times the loss of `BATCH`."""
+    ours, theirs = training_loss(model, BATCH), model(**BATCH, use_cache=False).loss
+    found, expected = (torch.autograd.grad(factor * loss, parameters) for loss in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("parted", [True, False])
 @pytest.mark.parametrize("architecture", WRITERS)
 def test_gradients_of_tokens_scored_some_at_a_time_are_those_of_transformers(
@@ -65,10 +74,7 @@ def test_gradients_of_tokens_scored_some_at_a_time_are_those_of_transformers(
     monkeypatch.setattr(losses, "SCORED_AT_ONCE", 4)
     monkeypatch.setitem(output_layer._parted, type(base), parted)
     edge = build_edge_model(base, dict.fromkeys(adaptable_modules(base), 2), 2, scaling=1.0)
-    found = []
-    for loss in (training_loss(edge.model, BATCH), edge.model(**BATCH, use_cache=False).loss):
-        found.append(torch.autograd.grad(loss, edge.adapter_parameters()))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+    assert_gradients_are_those_of_transformers(edge.model, edge.adapter_parameters())
 
 
 @pytest.mark.parametrize("parted", [True, False])
@@ -80,10 +86,7 @@ def test_gradients_of_all_parameters_are_those_of_transformers(
     monkeypatch.setattr(losses, "SCORED_AT_ONCE", 4)
     monkeypatch.setitem(output_layer._parted, type(base), parted)
     edge = FORMS["whole"].build(base, InstanceSpec({}, (), tail_cap=0, scaling=1.0))
-    found = []
-    for loss in (3 * training_loss(edge.model, BATCH), 3 * edge.model(**BATCH, use_cache=False).loss):
-        found.append(torch.autograd.grad(loss, list(edge.model.parameters())))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+    assert_gradients_are_those_of_transformers(edge.model, list(edge.model.parameters()), factor=3)
 
 
 def test_a_model_that_caps_its_logits_is_scored_by_its_own_code() -> None:
