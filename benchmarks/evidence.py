@@ -1,9 +1,10 @@
 """The claims on public data: FedPipe beside full fine-tuning, uniform LoRA and FedAdapter, at equal simulated time.
 
-Run `python benchmarks/evidence.py [--task NAME ...] [--part main|spread|edges|ablations] [--seeds N] [--json]`. The
-protocol is docs/evidence.md. Every run is kept under `benchmarks/results/evidence-TASK.json` as soon as it is done, so
-a set that was stopped goes on where it was, and a second call only prints. `--reduced` is what `make evidence` runs:
-CLINC150 by domain on unequal edges, one seed, less time and two rates, kept in `.fedpipe`. `--quick` keeps nothing.
+Run `python benchmarks/evidence.py [--task NAME ...] [--part main|spread|edges|ablations] [--setting NAME ...]
+[--partition NAME ...] [--seeds N] [--json]`. The protocol is docs/evidence.md. Every run is kept under
+`benchmarks/results/evidence-TASK.json` as soon as it is done, so a set that was stopped goes on where it was, and a
+second call only prints. `--reduced` is what `make evidence` runs: CLINC150 by domain on unequal edges, one seed, less
+time and two rates, kept in `.fedpipe`. `--quick` keeps nothing.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from evidence_cases import (
     HETEROGENEOUS,
     HOMOGENEOUS,
     METHODS,
+    SPEEDS,
     Case,
     Task,
     make_config,
@@ -226,6 +228,8 @@ def _arguments() -> Any:
     options.add_argument("--task", nargs="+", default=["clinc150", "snips", "e2e"], help="names or files of tasks")
     options.add_argument("--part", choices=("main", "spread", "edges", "ablations"), default="main")
     options.add_argument("--seeds", type=int, default=SEEDS, help="number of seeds of the main part")
+    options.add_argument("--setting", nargs="+", choices=SPEEDS, default=list(SPEEDS), help="of the main part")
+    options.add_argument("--partition", nargs="+", default=[], help="of the main part; all of a task when left out")
     options.add_argument("--reduced", action="store_true", help="one task and setting in less than 30 minutes")
     options.add_argument("--quick", action="store_true", help="train hardly anything, keep nothing")
     return options.parse_args()
@@ -247,7 +251,8 @@ def main() -> None:
             task = replace(task, **REDUCED)
         kept = Path(".fedpipe") if options.reduced else FOLDER / "results"
         bench = Bench(task, Results(None if options.quick else kept / f"evidence-{task.name}.json"))
-        places = ([HETEROGENEOUS], ["domain"]) if small else ([HOMOGENEOUS, HETEROGENEOUS], list(task.partitions))
+        partitions = options.partition or list(task.partitions)
+        places = ([HETEROGENEOUS], ["domain"]) if small else (options.setting, partitions)
         seeds = 1 if small else options.seeds
         rows = main_rows(bench, *places, seeds) if options.part == "main" else sweep_rows(bench, options.part)
         if options.part == "main" and not small:

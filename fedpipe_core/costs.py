@@ -22,6 +22,7 @@ WIRE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 2 / 64, "nf4": 0.5 + 2 / 6
 HEADER_BYTES = {"fp32": 240, "bf16": 240, "int8": 60, "nf4": 60}  # per module in the file's header, without its names
 HEADER_NAMES = {"fp32": 2, "bf16": 2, "int8": 1, "nf4": 1}  # how often a module's name stands there
 GRADIENTS_IN_FLIGHT = 2  # of a module's input and output: a formula such as GELU holds several of one width at once
+RECOMPUTED_IN_FLIGHT = 0.5  # of them more in a recomputed block: none where GELU is one operation, one where it is many
 SCORED_AT_ONCE = 256  # tokens whose logits a language model holds at once
 LOGIT_BYTES = 12  # float32 logit, its log-probability and gradient; shorter ones come on top
 DEQUANTIZED_FORWARD = 1 / 2  # of the dequantization in a step: once before either product
@@ -149,7 +150,7 @@ class CostModel:
         """
         cost, blocks, value = self.profile.activation_cost, self._num_blocks, self.profile.value_bytes
         reached = blocks - lowest_block
-        in_flight = value * (GRADIENTS_IN_FLIGHT + checkpointing) * self._widest_module
+        in_flight = value * (GRADIENTS_IN_FLIGHT + RECOMPUTED_IN_FLIGHT * checkpointing) * self._widest_module
         if checkpointing:
             kept, recomputed = float(value * self.shape.hidden_features * reached), cost.per_token_bytes / blocks
         else:

@@ -28,8 +28,9 @@ from fedpipe_core.tokenizing import TokenizedExamples
 
 GIB = 2**30
 COUNTED_EXAMPLES = (1, 4)  # in the two batches whose kept bytes are counted, which grow by the token exactly
-# Examples timed: on a CPU a token costs more once tensors exceed a MiB, which a smaller batch would hide.
-MOST_PROBED = 16
+# Examples timed. On a CPU an adapter costs more per token once the tensors of a pass exceed 2 MiB (`allocator`), which
+# fewer would hide: with 16, steps of 32 were predicted up to a quarter too short.
+MOST_PROBED = 32
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,6 @@ def test_a_profiles_batches_are_halved_until_they_fit_the_memory(tiny_base):
     )
 
 
-@pytest.mark.parametrize(("menu", "sizes"), [((8, 16, 64), (2, 16)), ((4, 8), (1, 8)), ((1,), (1, 1))])
+@pytest.mark.parametrize(("menu", "sizes"), [((8, 16, 64), (4, 32)), ((4, 8), (1, 8)), ((1,), (1, 1))])
 def test_a_probe_is_no_larger_than_the_largest_batch_a_plan_may_have(menu, sizes):
     assert probe_sizes(menu) == sizes
