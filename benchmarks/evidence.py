@@ -33,7 +33,7 @@ from evidence_cases import (
 from federations import FOLDER, IMAGES, Results, Run, config_hash
 from simulated_clock import Setting, core_of, simulate, spread
 
-REDUCED = {"budget_seconds": 100.0, "rates": (0.0005, 0.004)}
+REDUCED = {"budget_seconds": 80.0, "rates": (0.0005, 0.004)}
 QUICK = {"budget_seconds": 12.0, "rates": (0.004,)}
 QUICK_CHANGES = {"training.examples_per_round": 16, "evaluation.examples_per_round": 40}
 SEEDS = 3
