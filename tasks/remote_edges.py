@@ -53,9 +53,12 @@ class RemoteEdge:
         else:
             self._flow_run_id, self._started_at = found, time.monotonic()
 
-    def trouble(self) -> str | None:
-        """Why no answer is to be expected; None while there is. An edge that died is started again on the way."""
-        lease = self._lease.look()
+    def trouble(self, at_once: bool = False) -> str | None:
+        """Why no answer is to be expected; None while there is. An edge that died is started again on the way.
+
+        With `at_once` the store is asked however newly it was: a farewell is not mistaken for lateness.
+        """
+        lease = self._lease.look(at_once)
         if lease is None or lease.owner != self._flow_run_id:
             return self._not_started()
         if lease.ended in ("left", "failed", "done"):
@@ -180,10 +183,8 @@ def _await(
     """Wait for answers, and return why each edge without one has none."""
     deadline = time.monotonic() + limit_seconds
     while True:
-        present = answered()
-        waited_for = [edge for edge in edges if edge.edge_id not in present]
-        absent = {edge.edge_id: edge.trouble() for edge in waited_for}
-        late = time.monotonic() > deadline
+        late, present = time.monotonic() > deadline, answered()
+        absent = {edge.edge_id: edge.trouble(late) for edge in edges if edge.edge_id not in present}
         if late or all(absent.values()):
             return {
                 edge_id: reason or f"late: no answer in {limit_seconds:.0f} s" for edge_id, reason in absent.items()

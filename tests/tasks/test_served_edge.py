@@ -1,5 +1,6 @@
 """An edge on a machine of its own: which round it takes up, what makes it stop; its coordinator is acted by hand."""
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from tasks import edge, federation
 from tasks.edge import EdgeSession, StoppedError
 from tasks.federation import Coordinator
 from tasks.leases import Heartbeat
+from tasks.local_store import LocalStore
 from tasks.records import get_record
 from tasks.served_edge import ServedEdge, load_base, open_session
 
@@ -251,3 +253,20 @@ def test_update_of_another_process_of_the_edge_is_left_as_it_is(
     assert failure is not None
     assert failure.reason == "east: another process of this edge answered round 1 first"
     assert [store.get(keys.update_record(1, "east"))] == written
+
+
+def test_second_signal_does_not_cut_the_farewell(
+    coordinator: Coordinator, sessions: dict[str, EdgeSession], alive: Heartbeat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, put = sessions["east"], LocalStore.put
+
+    def put_and_hear_again(store: LocalStore, key: str, data: bytes) -> None:
+        signal.raise_signal(signal.SIGINT)
+        put(store, key, data)
+
+    with pytest.raises(KeyboardInterrupt), serving(session) as served:
+        served._heartbeat.stop()
+        monkeypatch.setattr(LocalStore, "put", put_and_hear_again)
+        signal.raise_signal(signal.SIGINT)
+    lease = lease_of(session)
+    assert (lease.ended, lease.reason) == ("left", "its process was told to stop (KeyboardInterrupt)")
