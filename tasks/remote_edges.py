@@ -37,6 +37,7 @@ class RemoteEdge:
         self._job = EdgeJob(keys.run, address, spec)
         self._lease = LeaseWatch(store, keys.edge_lease(spec.edge_id), self._limits.lease_seconds)
         self._flow_run_id, self._started_at, self._starts = "", 0.0, 0
+        self._taken = False
         self._asked_at, self._absence = 0.0, ""
 
     @property
@@ -83,23 +84,25 @@ class RemoteEdge:
         return None
 
     def _start_anew(self) -> None:
-        self._starts, self._absence = self._starts + 1, ""
+        self._starts, self._absence, self._taken = self._starts + 1, "", False
         self._flow_run_id, self._started_at = start_flow_run(self._job, uuid4().hex), time.monotonic()
 
     def _not_started(self) -> str | None:
         """Why the flow run gives no sign of life, as found a few times per lease; None while it may still come."""
         now = time.monotonic()
         if now - self._asked_at >= self._limits.lease_seconds / BEATS_PER_LEASE:
-            self._asked_at, self._absence = now, self._find_absence(now - self._started_at) or ""
+            self._asked_at, self._absence = now, self._find_absence(now) or ""
         return self._absence or None
 
-    def _find_absence(self, waited_seconds: float) -> str | None:
+    def _find_absence(self, now: float) -> str | None:
         fate = look_at_flow_run(self._flow_run_id)
+        if fate.taken and not self._taken:  # its process has yet to start, however long nobody came for it
+            self._taken, self._started_at = True, now
         if fate.crashed:
             return self._start_again(f"died before it served: {fate.description}")
         if fate.ended:
             return f"ended before it served: {fate.description}"
-        if waited_seconds < self._limits.start_seconds:
+        if now - self._started_at < self._limits.start_seconds:
             return None
         late = f"did not start within {self._limits.start_seconds:g} s: {fate.description}"
         if fate.taken:  # and lost: a worker that took it died with it

@@ -25,9 +25,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 REMOTE = ("east", "west")
 ROUNDS, JOINED, LEFT = 8, 3, 5
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 120
 KEYS = RunKeys("changing")
-CHANGES = {"rounds": ROUNDS, "remote": {"poll_seconds": 0.1, "lease_seconds": 8, "start_seconds": 3}}
+CHANGES = {"rounds": ROUNDS, "remote": {"poll_seconds": 0.1, "lease_seconds": 8, "start_seconds": 30}}
 
 
 @pytest.fixture(scope="module")
