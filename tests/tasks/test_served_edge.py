@@ -255,18 +255,38 @@ def test_update_of_another_process_of_the_edge_is_left_as_it_is(
     assert [store.get(keys.update_record(1, "east"))] == written
 
 
+@pytest.fixture
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises in the main thread, as Prefect has it."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit("told to stop")
+
+    before = signal.signal(signal.SIGTERM, leave)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 def test_second_signal_does_not_cut_the_farewell(
-    coordinator: Coordinator, sessions: dict[str, EdgeSession], alive: Heartbeat, monkeypatch: pytest.MonkeyPatch
+    coordinator: Coordinator,
+    sessions: dict[str, EdgeSession],
+    alive: Heartbeat,
+    ended_by_sigterm: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     session, put = sessions["east"], LocalStore.put
 
     def put_and_hear_again(store: LocalStore, key: str, data: bytes) -> None:
-        signal.raise_signal(signal.SIGINT)
+        if key == session.keys.edge_lease("east"):
+            signal.raise_signal(signal.SIGTERM)
         put(store, key, data)
 
-    with pytest.raises(KeyboardInterrupt), serving(session) as served:
-        served._heartbeat.stop()
-        monkeypatch.setattr(LocalStore, "put", put_and_hear_again)
-        signal.raise_signal(signal.SIGINT)
+    def serve_until_told_to_stop() -> None:
+        with serving(session):
+            monkeypatch.setattr(LocalStore, "put", put_and_hear_again)
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        serve_until_told_to_stop()
     lease = lease_of(session)
-    assert (lease.ended, lease.reason) == ("left", "its process was told to stop (KeyboardInterrupt)")
+    assert (lease.ended, lease.reason) == ("left", "its process was told to stop (SystemExit)")
