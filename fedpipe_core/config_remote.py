@@ -34,7 +34,10 @@ class RemoteSpec(Spec):
     """How long is waited for edges on machines of their own. May differ when a run is resumed."""
 
     start_seconds: float = Field(
-        300, gt=0, le=86400, description="How long an edge may take from its start to its first sign of life"
+        300,
+        gt=0,
+        le=86400,
+        description="How long a worker may take to come for an edge, and then the edge to show life",
     )
     profile_seconds: float = Field(3600, gt=0, le=604800, description="How long all edges' profiles are waited for")
     grace_seconds: float = Field(

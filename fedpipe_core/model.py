@@ -32,6 +32,7 @@ from fedpipe_core.base_folder import base_sha256, resolve_base
 from fedpipe_core.config import ModelSpec
 from fedpipe_core.errors import ModelError
 from fedpipe_core.schemas import ModelShape
+from fedpipe_core.startup import import_libraries
 
 __all__ = [
     "Base",
@@ -80,6 +81,7 @@ def load_base(spec: ModelSpec, labels: int | None, bits: int, seed: int) -> Base
     Raises ModelError when the folder cannot be read as a model of the configured task.
     """
     return_freed_memory()
+    import_libraries()
     folder = resolve_base(spec.base)
     tokenizer = _load_tokenizer(folder, spec)
     model = _load_model(folder, spec, labels, bits, seed)

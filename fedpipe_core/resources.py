@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from fedpipe_core.adapters import initial_adapter, split_for_edge
@@ -108,6 +107,8 @@ def measured_step_cost(
         rows.append([1.0, tokens, tokens * features * (rank > 0), tokens * features * rank])
         taken = timed(_adapted_step(base, rank) if rank else _plain_step(base), batch)
         seconds.append(max(0.0, taken - dequantized))
+    from scipy.optimize import nnls  # 0.4 s of CPU, which an edge of declared resources does not need
+
     matrix = torch.tensor(rows, dtype=torch.float64)
     scale = matrix.amax(dim=0)
     fitted = nnls((matrix / scale).numpy(), seconds)[0] / scale.numpy()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedpipe_core.startup import quick_imports
+
 if TYPE_CHECKING:
     from fedpipe_core.config import FederationConfig
     from fedpipe_core.schemas import RunResult
@@ -313,8 +315,9 @@ def _run_flow(
     config: "FederationConfig", name: str | None, resume: bool, plan: Path | None, release: bool
 ) -> "RunResult":
     with _api_starting():
-        from flows.federation import federated_finetune
-        from flows.planning import read_saved_plan
+        with quick_imports():
+            from flows.federation import federated_finetune
+            from flows.planning import read_saved_plan
 
         _load_base(config)
 

@@ -6,9 +6,7 @@ from prefect.states import Cancelled, Completed
 
 from fedpipe_core.edge_config import find_edge_config
 from fedpipe_core.errors import ConfigError
-from tasks import edge, served_edge
-from tasks.edge import StoppedError
-from tasks.served_edge import ServedEdge
+from fedpipe_core.startup import quick_imports
 
 RETRIES = 1
 
@@ -28,16 +26,18 @@ def serve_edge(run: str, store: str, edge_id: str) -> State[None]:
             f"edge {edge_id} was asked for, and this machine's edge.yaml is for {own.edge_id}; correct work_pool and "
             "work_queue in the federation's config, or edge_id in edge.yaml"
         )
+    with quick_imports():  # of torch; whoever only looks this flow up, a worker or `prefect deploy`, needs none of it
+        from tasks import edge, served_edge
     session, record = served_edge.open_session(own, run, store)
     try:
         retried = runtime.flow_run.run_count <= RETRIES
-        with ServedEdge(session, str(runtime.flow_run.id), retried) as served:
+        with served_edge.ServedEdge(session, str(runtime.flow_run.id), retried) as served:
             served_edge.load_base(session, record)
             edge.profile(session, session.shape)
             served.await_plan()
             served_edge.keep_planned_base(session)
             while round_index := served.next_round():
                 edge.train_round(session, round_index)
-    except StoppedError as stopped:
+    except edge.StoppedError as stopped:
         return Cancelled(message=str(stopped))
     return Completed(message=f"{edge_id} served every round of {run}")

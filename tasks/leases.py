@@ -83,10 +83,13 @@ class LeaseWatch:
         """Whether the holder was silent for the length of a lease."""
         return self.silent_seconds >= self._lease_seconds
 
-    def look(self) -> LeaseRecord | None:
-        """The newest lease known; None while there is none. Raises StoreError when the store cannot be read."""
+    def look(self, at_once: bool = False) -> LeaseRecord | None:
+        """The newest lease known; None while there is none. Raises StoreError when the store cannot be read.
+
+        With `at_once` it is read again, however short ago it was.
+        """
         pause_seconds, now = self._lease_seconds / BEATS_PER_LEASE, time.monotonic()
-        if self._read_at is not None and now - self._read_at < pause_seconds:
+        if not at_once and self._read_at is not None and now - self._read_at < pause_seconds:
             return self.lease
         found = get_record(self._store, self._key, LeaseRecord)
         now = time.monotonic()

@@ -18,6 +18,7 @@ from textwrap import shorten
 from typing import Any
 
 from fedpipe_core.errors import TrackingError
+from fedpipe_core.startup import quick_imports
 
 SQLITE = "sqlite:///"
 _SETTINGS = {
@@ -44,11 +45,15 @@ def connect(uri: str) -> Any:
 
 
 def connect_early(uri: str) -> None:
-    """Import MLflow and open its database in a thread, while other work goes on; what fails is told to who needs it."""
+    """Import MLflow and open its database in a thread, while other work goes on; what fails is told to who needs it.
+
+    The library that draws a run's plots comes along: at the run's end everyone would wait for it.
+    """
 
     def work() -> None:
-        with suppress(Exception):
+        with suppress(Exception), quick_imports():
             connect(uri)
+            import matplotlib.backends.backend_agg  # noqa: F401
 
     threading.Thread(target=work, name="MLflow", daemon=True).start()
 

@@ -37,6 +37,7 @@ class RemoteEdge:
         self._job = EdgeJob(keys.run, address, spec)
         self._lease = LeaseWatch(store, keys.edge_lease(spec.edge_id), self._limits.lease_seconds)
         self._flow_run_id, self._started_at, self._starts = "", 0.0, 0
+        self._taken = False
         self._asked_at, self._absence = 0.0, ""
 
     @property
@@ -53,9 +54,12 @@ class RemoteEdge:
         else:
             self._flow_run_id, self._started_at = found, time.monotonic()
 
-    def trouble(self) -> str | None:
-        """Why no answer is to be expected; None while there is. An edge that died is started again on the way."""
-        lease = self._lease.look()
+    def trouble(self, at_once: bool = False) -> str | None:
+        """Why no answer is to be expected; None while there is. An edge that died is started again on the way.
+
+        With `at_once` the store is asked however newly it was: a farewell is not mistaken for lateness.
+        """
+        lease = self._lease.look(at_once)
         if lease is None or lease.owner != self._flow_run_id:
             return self._not_started()
         if lease.ended in ("left", "failed", "done"):
@@ -80,23 +84,25 @@ class RemoteEdge:
         return None
 
     def _start_anew(self) -> None:
-        self._starts, self._absence = self._starts + 1, ""
+        self._starts, self._absence, self._taken = self._starts + 1, "", False
         self._flow_run_id, self._started_at = start_flow_run(self._job, uuid4().hex), time.monotonic()
 
     def _not_started(self) -> str | None:
         """Why the flow run gives no sign of life, as found a few times per lease; None while it may still come."""
         now = time.monotonic()
         if now - self._asked_at >= self._limits.lease_seconds / BEATS_PER_LEASE:
-            self._asked_at, self._absence = now, self._find_absence(now - self._started_at) or ""
+            self._asked_at, self._absence = now, self._find_absence(now) or ""
         return self._absence or None
 
-    def _find_absence(self, waited_seconds: float) -> str | None:
+    def _find_absence(self, now: float) -> str | None:
         fate = look_at_flow_run(self._flow_run_id)
+        if fate.taken and not self._taken:  # its process has yet to start, however long nobody came for it
+            self._taken, self._started_at = True, now
         if fate.crashed:
             return self._start_again(f"died before it served: {fate.description}")
         if fate.ended:
             return f"ended before it served: {fate.description}"
-        if waited_seconds < self._limits.start_seconds:
+        if now - self._started_at < self._limits.start_seconds:
             return None
         late = f"did not start within {self._limits.start_seconds:g} s: {fate.description}"
         if fate.taken:  # and lost: a worker that took it died with it
@@ -180,10 +186,8 @@ def _await(
     """Wait for answers, and return why each edge without one has none."""
     deadline = time.monotonic() + limit_seconds
     while True:
-        present = answered()
-        waited_for = [edge for edge in edges if edge.edge_id not in present]
-        absent = {edge.edge_id: edge.trouble() for edge in waited_for}
-        late = time.monotonic() > deadline
+        late, present = time.monotonic() > deadline, answered()
+        absent = {edge.edge_id: edge.trouble(late) for edge in edges if edge.edge_id not in present}
         if late or all(absent.values()):
             return {
                 edge_id: reason or f"late: no answer in {limit_seconds:.0f} s" for edge_id, reason in absent.items()

@@ -5,8 +5,11 @@ It meets the coordinator in the store alone. What it does in a round is `tasks.e
 
 import os
 import random
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,11 +84,12 @@ class ServedEdge:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        reason, ending = str(error) or type(error).__name__ if error else "", _ending_of(error)
-        if ending == "failed" and self._retried:
-            self._heartbeat.stop()
-        else:
-            self._heartbeat.end(ending, reason)
+        ending = _ending_of(error)
+        with _undisturbed():
+            if ending == "failed" and self._retried:
+                self._heartbeat.stop()
+            else:
+                self._heartbeat.end(ending, _reason_of(error))
 
     def check(self) -> None:
         """Raise StoppedError when the edge has to stop, UpdateRefusedError when its round went on without it."""
@@ -148,6 +152,31 @@ def _ending_of(error: BaseException | None) -> Ending:
     if isinstance(error, StoppedError):
         return "orphaned"
     return "failed" if isinstance(error, Exception) else "left"
+
+
+def _reason_of(error: BaseException | None) -> str:
+    if error is None:
+        return ""
+    if _ending_of(error) == "left":
+        return f"its process was told to stop ({type(error).__name__})"
+    return str(error) or type(error).__name__
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let no further signal cut the farewell of an edge that a signal ends.
+
+    A service manager sends SIGTERM to the worker and to the edge's process, to which the worker then sends its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def choose_device(own: EdgeConfig) -> None:

@@ -167,6 +167,18 @@ def test_flow_run_that_its_worker_lost_is_started_again(east: RemoteEdge) -> Non
     assert state_of(first) == "CRASHED"
 
 
+def test_flow_run_that_a_worker_took_late_has_as_long_to_start_as_any(east: RemoteEdge) -> None:
+    first = east._flow_run_id
+    time.sleep(LIMITS.start_seconds - 0.2)
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(UUID(first), Pending())
+    until = time.monotonic() + LIMITS.start_seconds - 0.2
+    while time.monotonic() < until:
+        assert east.trouble() is None
+        assert east._flow_run_id == first
+        time.sleep(0.05)
+
+
 def test_flow_run_that_failed_before_it_served_is_named_at_once(
     east: RemoteEdge,
 ) -> None:

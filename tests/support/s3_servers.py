@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -51,12 +51,30 @@ class FaultProxy(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.answered: list[tuple[str, int]] = []
         self.away_until = 0.0
+        self._held: dict[str, tuple[Event, Event]] = {}
         self._lock = Lock()
 
     @property
     def address(self) -> str:
         """Where clients reach the proxy."""
         return f"http://127.0.0.1:{self.server_port}"
+
+    @contextmanager
+    def holding(self, key: str) -> Iterator[Event]:
+        """Let writes of a key that ends like this wait while the block runs; the event tells that one waits."""
+        waits, released = self._held.setdefault(key, (Event(), Event()))
+        try:
+            yield waits
+        finally:
+            del self._held[key]
+            released.set()
+
+    def wait_while_held(self, command: str, path: str) -> None:
+        """Return at once, or when the write is no longer held."""
+        for key, (waits, released) in list(self._held.items()):
+            if command == "PUT" and path.partition("?")[0].endswith(key):
+                waits.set()
+                released.wait()
 
     def next_fault(self, request: str) -> Fault | None:
         """What shall happen to this request."""
@@ -82,6 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         body = self.rfile.read(size)
+        self.server.wait_while_held(self.command, self.path)
         if fault == "slow down":
             self._refuse(503, "SlowDown")
         elif fault == "deny":

@@ -89,3 +89,15 @@ def test_farewell_of_a_former_holder_leaves_its_successors_lease(tmp_path: Path)
     new.end("done")
     assert found is not None
     assert (found.owner, found.ended) == ("new", None)
+
+
+def test_farewell_is_heard_at_once_where_it_is_asked_for(tmp_path: Path) -> None:
+    store, watch = LocalStore(str(tmp_path)), LeaseWatch(LocalStore(str(tmp_path)), KEY, 1000 * LEASE_SECONDS)
+    heartbeat = Heartbeat(store, KEY, "me", 1000 * LEASE_SECONDS)
+    heartbeat.start()
+    watch.look()
+    heartbeat.end("left", "told to stop")
+    read_before, read_again = watch.look(), watch.look(at_once=True)
+    assert read_before is not None
+    assert read_again is not None
+    assert (read_before.ended, read_again.ended) == (None, "left")

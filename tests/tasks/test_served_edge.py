@@ -1,5 +1,6 @@
 """An edge on a machine of its own: which round it takes up, what makes it stop; its coordinator is acted by hand."""
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from tasks import edge, federation
 from tasks.edge import EdgeSession, StoppedError
 from tasks.federation import Coordinator
 from tasks.leases import Heartbeat
+from tasks.local_store import LocalStore
 from tasks.records import get_record
 from tasks.served_edge import ServedEdge, load_base, open_session
 
@@ -251,3 +253,40 @@ def test_update_of_another_process_of_the_edge_is_left_as_it_is(
     assert failure is not None
     assert failure.reason == "east: another process of this edge answered round 1 first"
     assert [store.get(keys.update_record(1, "east"))] == written
+
+
+@pytest.fixture
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises in the main thread, as Prefect has it."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit("told to stop")
+
+    before = signal.signal(signal.SIGTERM, leave)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_second_signal_does_not_cut_the_farewell(
+    coordinator: Coordinator,
+    sessions: dict[str, EdgeSession],
+    alive: Heartbeat,
+    ended_by_sigterm: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session, put = sessions["east"], LocalStore.put
+
+    def put_and_hear_again(store: LocalStore, key: str, data: bytes) -> None:
+        if key == session.keys.edge_lease("east"):
+            signal.raise_signal(signal.SIGTERM)
+        put(store, key, data)
+
+    def serve_until_told_to_stop() -> None:
+        with serving(session):
+            monkeypatch.setattr(LocalStore, "put", put_and_hear_again)
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        serve_until_told_to_stop()
+    lease = lease_of(session)
+    assert (lease.ended, lease.reason) == ("left", "its process was told to stop (SystemExit)")
