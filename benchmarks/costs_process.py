@@ -17,6 +17,7 @@ from typing import Any
 import bitsandbytes  # noqa: F401  imported before the baseline is taken, like peft
 import peft  # noqa: F401
 import torch
+from profiles import measured_profile
 from transformers import BertConfig, BertForSequenceClassification
 
 from fedpipe_core.adapters import initial_adapter, split_for_edge
@@ -114,26 +115,17 @@ def train_and_time(edge: EdgeModel, batch: Batch, steps: int) -> list[float]:
     return [end - begin for begin, end in pairwise(asked[1:])]
 
 
-def measured_profile(configuration: Configuration) -> tuple[ModelShape, EdgeProfile]:
+def profiled(configuration: Configuration) -> tuple[ModelShape, EdgeProfile]:
     """What `fedpipe` would know of this edge, importance aside."""
     base = load_base(ModelSpec(base=configuration.folder), LABELS, 16 if configuration.bits == 16 else 32, seed=0)
     small, large = (random_batch(base.model, rows, configuration.tokens) for rows in probe_sizes(BATCH_SIZES))
     counted = (random_batch(base.model, rows, configuration.tokens) for rows in COUNTED_EXAMPLES)
-    profile = EdgeProfile(
-        edge_id="edge",
-        num_examples=configuration.batch_size,
-        num_validation_examples=0,
-        tokens_per_example=configuration.tokens,
-        data_fingerprint="random",
-        memory_bytes=1,
-        bandwidth_bytes_per_second=1.0,
-        step_cost=measured_step_cost(base.model, small, large, (configuration.bits,), time.thread_time),
-        activation_cost=measured_activation_cost(base.model, *counted),
-        value_bytes=2 if configuration.bits == 16 else 4,
-        scores={},
-        declared=False,
+    step_cost = measured_step_cost(base.model, small, large, (configuration.bits,), time.thread_time)
+    activation_cost = measured_activation_cost(base.model, *counted)
+    value_bytes = 2 if configuration.bits == 16 else 4
+    return model_shape(base.model, LABELS), measured_profile(
+        step_cost, activation_cost, configuration.batch_size, configuration.tokens, value_bytes
     )
-    return model_shape(base.model, LABELS), profile
 
 
 def memory_of_process(key: str) -> int:
@@ -164,7 +156,7 @@ def measure_one(configuration: Configuration) -> dict[str, Any]:
     seconds = train_and_time(edge, batch, configuration.steps)
     peak = memory_of_process("VmHWM") - baseline
     counted = training_memory_bytes(edge, batch)
-    shape, profile = measured_profile(configuration)
+    shape, profile = profiled(configuration)
     ranks = dict(edge.ranks)
     tails = dict.fromkeys(shape.modules, configuration.global_rank) if configuration.global_rank else {}
     costs = CostModel(shape, profile, tails)

@@ -19,6 +19,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # bitsandbytes would start a 
 
 import torch
 from common import at_least, at_most, finish, markdown_table, parser
+from profiles import measured_profile
 from random_llama import EIGHT_B, SMALL, random_llama
 
 from fedpipe_core.adapters import Adapter, initial_adapter, split_for_edge
@@ -31,7 +32,6 @@ from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter, r
 from fedpipe_core.memory import held_bytes
 from fedpipe_core.model import quiet_transformers, share
 from fedpipe_core.resources import measured_activation_cost, measured_step_cost
-from fedpipe_core.schemas import EdgeProfile
 from fedpipe_core.training import train
 from fedpipe_core.wire import decode_adapter, encode_adapter
 from fedpipe_core.wire_updates import decode_update, encode_update
@@ -142,23 +142,12 @@ def largest_growth_bytes(action: Callable[[], Any]) -> int:
 def predicted(job: Job) -> tuple[int, float]:
     """Peak bytes and seconds of a step that the planner foresees, from what it measures on two small batches."""
     shape, batches = model_shape(job.model, None), [job.batch(rows) for rows in PROBED_ROWS]
-    profile = EdgeProfile(
-        edge_id="edge",
-        num_examples=job.batch_size,
-        num_validation_examples=0,
-        tokens_per_example=job.tokens,
-        data_fingerprint="random",
-        memory_bytes=1,
-        bandwidth_bytes_per_second=1.0,
-        step_cost=measured_step_cost(job.model, *batches),
-        activation_cost=measured_activation_cost(job.model, *batches),
-        value_bytes=job.model.get_input_embeddings().weight.element_size(),
-        scores={},
-        declared=False,
-    )
+    costs = measured_step_cost(job.model, *batches), measured_activation_cost(job.model, *batches)
+    value_bytes = job.model.get_input_embeddings().weight.element_size()
+    profile = measured_profile(*costs, job.batch_size, job.tokens, value_bytes)
     work = Work(dict.fromkeys(shape.modules, RANK), job.batch_size, 1, 4, checkpointing=True)
-    costs = CostModel(shape, profile)
-    return costs.predict(work).peak_memory_bytes, costs.step_seconds(work, lowest_block=0)
+    model = CostModel(shape, profile)
+    return model.predict(work).peak_memory_bytes, model.step_seconds(work, lowest_block=0)
 
 
 def round_seconds(job: Job, steps: int) -> tuple[float, float]:
