@@ -16,9 +16,10 @@ import torch
 from fedpipe_core import aggregation_rules
 from fedpipe_core.config import EdgeSpec, FederationConfig
 from fedpipe_core.costs import probed_bits
-from fedpipe_core.data import fingerprint, split_validation
+from fedpipe_core.data import AnyExamples, fingerprint, split_validation
 from fedpipe_core.edge_model import EdgeModel
 from fedpipe_core.errors import IntegrityError
+from fedpipe_core.evaluation import WritingTask, writing_task
 from fedpipe_core.forms import InstanceSpec
 from fedpipe_core.memory import training_memory_bytes
 from fedpipe_core.methods import METHODS
@@ -121,7 +122,7 @@ class EdgeSession:
         """The edge's rows, split into training and validation."""
         examples = load_edge_examples(self.config, self.edge)
         salt = f"{self.config.name}/{self.edge_id}"
-        training, validation = split_validation(examples, self.config.data.validation_fraction, self.config.seed)
+        training, validation = self._split(examples)
         base, longest = self.profile_base, self.config.model.max_tokens
         found = EdgeData(
             train=tokenize(training, base.tokenizer, longest, base.vocabulary, self.config.training.learn_prompts),
@@ -131,6 +132,17 @@ class EdgeSession:
         if shortened := found.shortened:
             progress.note(f"{self.edge_id}: {shortened} at model.max_tokens {longest}")
         return found
+
+    def _split(self, examples: AnyExamples) -> tuple[AnyExamples, AnyExamples]:
+        return split_validation(examples, self.config.data.validation_fraction, self.config.seed)
+
+    @functools.cached_property
+    def writing(self) -> WritingTask | None:
+        """The prompts of the validation rows that a judged model continues, where the config asks for it."""
+        if self.config.evaluation.generate is None:
+            return None
+        _, validation = self._split(load_edge_examples(self.config, self.edge))
+        return writing_task(validation, self.config, self.profile_base.tokenizer)
 
     @functools.cached_property
     def limits(self) -> Limits:

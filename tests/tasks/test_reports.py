@@ -9,6 +9,7 @@ from fedpipe_core.schemas import (
 from tasks import edge, federation, reports, tracking
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator
+from tasks.judging import Worth
 from tasks.tracking import TrackedRun
 
 METRICS = {"accuracy": 0.51239, "macro_f1": 0.4, "loss": 1.25}
@@ -83,7 +84,7 @@ def test_round_record_adds_up_what_the_updates_say(
     for edge_id in ("east", "north"):
         edge.train_round.fn(sessions[edge_id], 1)
     made = federation.aggregate_round.fn(coordinator, plan, 1)
-    record = reports.round_record(coordinator, plan, made, METRICS, seconds=1.5)
+    record = reports.round_record(coordinator, plan, made, Worth(METRICS), seconds=1.5)
     updates = federation.round_updates(coordinator, 1)
     assert record.participants == ["east", "north"]
     assert record.dropped == {"west": "no answer"}
