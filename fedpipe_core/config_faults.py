@@ -111,9 +111,10 @@ def _evaluation_faults(config: "FederationConfig") -> list[str]:
             "evaluation.at is edges, but data.test names rows at the coordinator, which nobody would judge on; leave "
             "it out, or say `both`"
         )
-    if config.edges_judge and not data.validation_fraction:
+    if config.edges_judge and not data.validation_fraction and not data.validation:
         faults.append(
-            "the edges judge on their validation rows, of which data.validation_fraction 0 keeps none; raise it"
+            "the edges judge on their validation rows, of which data.validation_fraction 0 keeps none; raise it, or "
+            "name data.validation"
         )
     columns = {
         "data.label_name_column": data.label_name_column,

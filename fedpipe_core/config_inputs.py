@@ -114,8 +114,17 @@ class DataSpec(Spec):
         description="Column of the test file with a list of all right answers, by which generated text is judged; "
         "the row's own completion when left out",
     )
+    validation: str = Field(
+        "",
+        description="Rows on which an edge judges rounds; `{edge_id}` in the path is replaced. A share of its training "
+        "rows when left out",
+    )
     validation_fraction: float = Field(
-        0.1, ge=0, lt=0.9, description="Share of an edge's rows kept out of training, on which that edge judges rounds"
+        0.1,
+        ge=0,
+        lt=0.9,
+        description="Share of an edge's rows kept out of training, on which that edge judges rounds, unless it names a "
+        "file of rows for it",
     )
     partition: PartitionSpec | None = Field(
         None, description="How `train` is dealt to simulated edges; leave out when each edge has its own file"

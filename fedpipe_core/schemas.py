@@ -11,6 +11,8 @@ from fedpipe_core.config import Bits
 from fedpipe_core.evaluation_schemas import EdgeEvaluation
 from fedpipe_core.record import Record
 
+BESIDE = "edges_"  # begins the names of the edges' metrics where the coordinator's stand beside them
+
 
 class DataReference(Record):
     """The object a record vouches for."""
@@ -308,6 +310,12 @@ class RoundRecord(Record):
     records: dict[str, str] = Field(
         default_factory=dict, description="sha256 of every record the round rests on, by its key"
     )
+
+    @property
+    def judges(self) -> str:
+        """On whose rows `metrics` rests, in words."""
+        beside = any(name.startswith(BESIDE) for name in self.metrics)
+        return "edges' rows" if self.evaluations and not beside else "held-out set"
 
 
 class MeasuredCost(Record):

@@ -8,13 +8,12 @@ from prefect.cache_policies import NO_CACHE
 
 from fedpipe_core.combined_metrics import combined_metrics
 from fedpipe_core.errors import FedPipeError, IntegrityError, QuorumError
+from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.evaluation_schemas import EdgeEvaluation, EvaluationRecord, JudgedRecord
-from fedpipe_core.schemas import EdgeProfile, FailureRecord, FederationPlan, GlobalRecord
+from fedpipe_core.schemas import BESIDE, EdgeProfile, FailureRecord, FederationPlan, GlobalRecord
 from tasks import progress
-from tasks.federation import Coordinator
+from tasks.federation import Coordinator, evaluate
 from tasks.records import get_record, put_record, recorded_edges
-
-BESIDE = "edges_"  # begins the names of the edges' metrics where the coordinator's stand beside them
 
 
 def judged(coordinator: Coordinator, round_index: int) -> JudgedRecord | None:
@@ -48,6 +47,12 @@ class Worth:
     def evaluations(self) -> dict[str, EdgeEvaluation]:
         """Each edge's whole answer, where the edges judge."""
         return dict(self.at_edges.evaluations) if self.at_edges else {}
+
+
+def told_metrics(coordinator: Coordinator, round_index: int) -> dict[str, float]:
+    """The metrics of what a round starts from: measured here on all rows, and as the edges told them."""
+    here = metrics_of(evaluate(coordinator, round_index, whole=True)) if coordinator.config.coordinator_judges else {}
+    return Worth(here, judged(coordinator, round_index)).metrics
 
 
 def forget_evaluation_failures(coordinator: Coordinator, round_index: int) -> None:

@@ -205,7 +205,7 @@ def _curves(rounds: Sequence[RoundRecord]) -> "Figure":
     for name in _SHARES:
         if name in rounds[0].metrics:
             quality.plot(steps, [record.metrics[name] for record in rounds], marker="o", label=name)
-    quality.set(xlabel="round", title="held-out set", xticks=steps)
+    quality.set(xlabel="round", title=rounds[0].judges, xticks=steps)
     quality.legend()
     edges = sorted({edge_id for record in rounds for edge_id in record.train_loss})
     for edge_id in edges if len(edges) <= MOST_SHOWN else []:
@@ -214,7 +214,7 @@ def _curves(rounds: Sequence[RoundRecord]) -> "Figure":
         losses = [sorted(record.train_loss.values()) or [math.nan] for record in rounds]
         loss.plot(steps, [median(values) for values in losses], marker=".", label=f"median of {len(edges)} edges")
         loss.fill_between(steps, [v[0] for v in losses], [v[-1] for v in losses], alpha=0.2, label="lowest to highest")
-    loss.plot(steps, [record.metrics["loss"] for record in rounds], "k--", label="held out")
+    loss.plot(steps, [record.metrics["loss"] for record in rounds], "k--", label=rounds[0].judges)
     loss.set(xlabel="round", title="loss (nats)", xticks=steps)
     loss.legend()
     return figure
