@@ -98,8 +98,8 @@ def agreement_check(export: str, agreement: float, registered: bool) -> Check:
         value=agreement,
         threshold=LEAST_AGREEMENT if registered else None,
         passed=passed,
-        reason=f"export {export} answers {agreement:.2%} of made-up rows as the unquantized model does{needed}; its loss "
-        "was not measured: the coordinator has no rows",
+        reason=f"export {export} answers {agreement:.2%} of made-up rows as the unquantized model does{needed}; its "
+        "loss was not measured: the coordinator has no rows",
     )
 
 
