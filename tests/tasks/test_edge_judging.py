@@ -9,7 +9,7 @@ from tiny_federation import EDGES, rows, write_federation, write_rows, write_wri
 from tiny_models import LABELS
 from tiny_steps import coordinator_at, prepare, sessions_of
 
-from fedpipe_core.config import FederationConfig
+from fedpipe_core.config import FederationConfig, PlanPin
 from fedpipe_core.config_file import load_config
 from fedpipe_core.evaluation import metrics_of, predict
 from fedpipe_core.evaluation_schemas import EvaluationRecord, JudgedRecord
@@ -84,11 +84,9 @@ def test_training_does_not_judge_again_what_was_judged(
 @pytest.mark.parametrize("rule", ["delta_svd", "fedavg", "flora_stack", "ffa"])
 def test_whole_adapter_is_judged_under_every_rule(tiny_config: FederationConfig, rule: str, tmp_path: Path) -> None:
     pins = {"east": 2, "north": 4, "west": 4}  # an edge of small rank alone would see a part under some rules
-    modules = plans_modules(tiny_config, tmp_path / "first")
+    modules = coordinator_at(tiny_config, tmp_path / "first").shape.modules
     edges = tuple(
-        spec.model_copy(
-            update={"pin": spec.pin.model_copy(update={"ranks": dict.fromkeys(modules, pins[spec.edge_id])})}
-        )
+        spec.model_copy(update={"pin": PlanPin(ranks=dict.fromkeys(modules, pins[spec.edge_id]))})
         for spec in tiny_config.edges
     )
     config = changed(tiny_config, "aggregation", rule=rule).model_copy(update={"edges": edges})
@@ -101,20 +99,12 @@ def test_whole_adapter_is_judged_under_every_rule(tiny_config: FederationConfig,
         assert answer_of(session, 2).evaluation.metrics == pytest.approx(expected, rel=1e-4)
 
 
-def plans_modules(config: FederationConfig, store: Path) -> list[str]:
-    return list(coordinator_at(config, store).shape.modules)
-
-
 @pytest.mark.usefixtures("run_logger_off")
 @pytest.mark.parametrize("method", ["full", "fedadapter"])
 def test_other_methods_are_judged_at_the_edges_too(method: str, tmp_path: Path) -> None:
-    pins = {
-        "planning.importance": "uniform",
-        "rounds": 2,
-        "method": method,
-        "fedadapter": {"width": 2, "width_step": 2},
-    }
-    config = load_config(write_federation(tmp_path / "it", data=dict(ROWS), **pins, **{"training.learning_rate": 1e-3}))
+    small = {"width": 2, "width_step": 2}
+    changes = {"planning.importance": "uniform", "method": method, "fedadapter": small, "data": dict(ROWS)}
+    config = load_config(write_federation(tmp_path / "it", **changes))
     coordinator, sessions = after_a_round(config, tmp_path / "store")
     plan = plans.plan_round(coordinator, 2)
     for session in sessions.values():
