@@ -1,5 +1,6 @@
 """Whole runs whose edges judge: without a row at the coordinator, and beside the coordinator's rows."""
 
+import html
 import json
 import os
 import signal
@@ -105,7 +106,7 @@ def test_card_report_status_and_verification_know_the_edges_values(
     assert fedpipe("status", "first", "--store", store, "--json").document["metrics"] == metrics
     page = tmp_path / "page.html"
     assert fedpipe("report", "first", "--store", store, "--out", page).exit_code == 0
-    assert "the global model on the edges' rows" in page.read_text(encoding="utf-8")
+    assert "the global model on the edges' rows" in html.unescape(page.read_text(encoding="utf-8"))
     assert fedpipe("verify", "tiny@champion", "--json").document["verified"]
     version = connect(at_edges.result["tracking"]["uri"]).get_model_version_by_alias("tiny", "champion")
     assert "On rows that each edge kept out of training" in version.description
@@ -130,10 +131,8 @@ def test_later_versions_are_held_against_the_champion_where_the_rows_are_the_sam
     monkeypatch.setenv("MLFLOW_TRACKING_URI", at_edges.result["tracking"]["uri"])
     config = at_edges.folder / "federation.yaml"
     quick = ("--set", "release.exports=[merged]", "--set", "rounds=1", "--set", "training.examples_per_round=8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", at_edges.result["tracking"]["uri"])
-        worse = fedpipe("run", config, "--run", "worse", *quick, "--json").document["model"]["decision"]
-        other = fedpipe("run", config, "--run", "other-rows", *quick, "--set", "seed=9", "--json").document
+    worse = fedpipe("run", config, "--run", "worse", *quick, "--json").document["model"]["decision"]
+    other = fedpipe("run", config, "--run", "other-rows", *quick, "--set", "seed=9", "--json").document
     assert not worse["promoted"]
     assert "against the champion's" in worse["reasons"][0]
     assert any("of the 3 edges that judged both on the same rows" in check["reason"] for check in worse["checks"])
