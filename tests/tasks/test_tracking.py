@@ -169,5 +169,5 @@ def test_what_edges_found_is_kept_with_the_run(run: TrackedRun) -> None:
     tracking.save_evaluations(run, {"east": found})
     assert tracking.load_evaluations(run.uri, run.run_id) == {"east": found}
     tracking.log_text(run, '{"east": {"rows": 0}}', "predictions/edges.json")
-    with pytest.raises(IntegrityError, match="predictions/edges.json of MLflow run .* cannot be read"):
+    with pytest.raises(IntegrityError, match=r"predictions/edges.json of MLflow run .* cannot be read"):
         tracking.load_evaluations(run.uri, run.run_id)
