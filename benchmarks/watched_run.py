@@ -10,7 +10,8 @@ from typing import Any
 
 from fedpipe_core.config_file import load_config
 from fedpipe_core.schemas import RunResult
-from flows.federation import edge_sessions, federated_finetune
+from flows.all_edges import edge_sessions
+from flows.federation import federated_finetune
 from tasks import edge, progress
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator

@@ -282,6 +282,16 @@ class FederationConfig(Spec):
         return tuple(edge for edge in self.edges if edge.work_pool is not None)
 
     @property
+    def coordinator_judges(self) -> bool:
+        """Whether the coordinator has rows to judge on."""
+        return bool(self.data.test)
+
+    @property
+    def edges_judge(self) -> bool:
+        """Whether every global adapter is judged at the edges, on their own rows."""
+        return self.evaluation.at in ("edges", "both") or not self.data.test
+
+    @property
     def coordinator_signs(self) -> str | None:
         """The key that signs the coordinator's records; None when nobody signs."""
         return self.signing.coordinator_key if self.signing.mode == "required" else None

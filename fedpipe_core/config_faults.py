@@ -15,6 +15,7 @@ def config_faults(config: "FederationConfig") -> list[str]:
         *_partition_faults(config),
         *_rule_faults(config),
         *_task_faults(config),
+        *_evaluation_faults(config),
         *_signing_faults(config),
         *method_faults(config),
     ]
@@ -96,6 +97,34 @@ def _task_faults(config: "FederationConfig") -> list[str]:
     metrics = _metrics(config)
     if config.release.metric not in (None, *metrics):
         faults.append(f"release.metric is {config.release.metric}, which is not measured: {', '.join(metrics)} are")
+    return faults
+
+
+def _evaluation_faults(config: "FederationConfig") -> list[str]:
+    at, data, faults = config.evaluation.at, config.data, []
+    if at in ("coordinator", "both") and not data.test:
+        faults.append(
+            f"evaluation.at is {at}, but data.test, the coordinator's rows, is missing; name the file, or say `edges`"
+        )
+    if at == "edges" and data.test:
+        faults.append(
+            "evaluation.at is edges, but data.test names rows at the coordinator, which nobody would judge on; leave "
+            "it out, or say `both`"
+        )
+    if config.edges_judge and not data.validation_fraction and not data.validation:
+        faults.append(
+            "the edges judge on their validation rows, of which data.validation_fraction 0 keeps none; raise it, or "
+            "name data.validation"
+        )
+    columns = {
+        "data.label_name_column": data.label_name_column,
+        "release.slice_column": config.release.slice_column,
+    }
+    faults += [
+        f"{key} is a column of data.test, which is missing; leave it out, or name data.test"
+        for key, column in columns.items()
+        if column and not data.test
+    ]
     return faults
 
 

@@ -120,5 +120,6 @@ def _resolve_paths(config: FederationConfig, folder: Path) -> FederationConfig:
 
     base = config.model.base
     local_base = base if base.startswith("package:") or not (folder / base).exists() else resolve(base)
-    data = config.data.model_copy(update={"train": resolve(config.data.train), "test": resolve(config.data.test)})
+    files = {name: resolve(getattr(config.data, name)) for name in ("train", "test", "validation")}
+    data = config.data.model_copy(update=files)
     return config.model_copy(update={"data": data, "model": config.model.model_copy(update={"base": local_base})})

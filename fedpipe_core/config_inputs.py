@@ -69,7 +69,11 @@ class DataSpec(Spec):
         description="Training rows (.jsonl, .csv or .parquet, .gz too); `{edge_id}` in the path is replaced, "
         "so each edge reads its own file. Left out when every edge names a `work_pool`",
     )
-    test: str = Field(description="Held-out rows at the coordinator, on which every round is judged")
+    test: str = Field(
+        "",
+        description="Held-out rows at the coordinator, on which every round is judged. Left out where there are none: "
+        "then the edges judge",
+    )
     format: DataFormat = Field(
         "label",
         description="What a row is: `label`, a text with its label (for sequence-classification); for causal-lm "
@@ -110,8 +114,17 @@ class DataSpec(Spec):
         description="Column of the test file with a list of all right answers, by which generated text is judged; "
         "the row's own completion when left out",
     )
+    validation: str = Field(
+        "",
+        description="Rows on which an edge judges rounds; `{edge_id}` in the path is replaced. A share of its training "
+        "rows when left out",
+    )
     validation_fraction: float = Field(
-        0.1, ge=0, lt=0.9, description="Share of an edge's rows kept out of training, on which that edge judges rounds"
+        0.1,
+        ge=0,
+        lt=0.9,
+        description="Share of an edge's rows kept out of training, on which that edge judges rounds, unless it names a "
+        "file of rows for it",
     )
     partition: PartitionSpec | None = Field(
         None, description="How `train` is dealt to simulated edges; leave out when each edge has its own file"
@@ -128,7 +141,10 @@ class GenerationSpec(Spec):
     )
     max_new_tokens: int = Field(64, ge=1, le=32768, description="Most tokens written for a prompt")
     examples: int | None = Field(
-        None, ge=1, description="Held-out prompts that are continued, drawn once by seed; all when left out"
+        None,
+        ge=1,
+        description="Held-out prompts that are continued, at the coordinator or at each edge, drawn once by seed; all "
+        "when left out",
     )
     batch_size: int = Field(32, ge=1, le=65536, description="Prompts continued at once")
     answer_pattern: str | None = Field(
@@ -148,14 +164,19 @@ class GenerationSpec(Spec):
 
 
 class EvaluationSpec(Spec):
-    """How rounds are judged at the coordinator."""
+    """Where and how rounds are judged."""
 
+    at: Literal["coordinator", "edges", "both"] | None = Field(
+        None,
+        description="Whose rows judge: `data.test` at the coordinator, each edge's own validation rows, whose values "
+        "the coordinator combines, or both side by side; the coordinator's when left out, the edges' without data.test",
+    )
     batch_size: int = Field(64, ge=1, le=65536, description="Examples per evaluation batch")
     examples_per_round: int | None = Field(
         None,
         ge=1,
-        description="Held-out examples judged after every round but the last, drawn once by seed; all when left out. "
-        "The model before training and the final one are always judged on all",
+        description="Held-out examples judged after every round but the last, at the coordinator or at each edge, "
+        "drawn once by seed; all when left out. The model before training and the final one are always judged on all",
     )
     generate: GenerationSpec | None = Field(
         None,

@@ -108,9 +108,10 @@ def label_names(path: str | Path, spec: DataSpec) -> list[str] | None:
     return [min(names[label]) for label in range(labels)]
 
 
-def fingerprint(examples: ExampleSet, salt: str) -> str:
-    """Salted SHA-256 of the rows, whatever their order: tells whether the data changed, not what it is."""
-    return hashlib.sha256(b"".join(sorted(row_digests(examples, salt)))).hexdigest()
+def fingerprint(examples: Sequence[ExampleSet], salt: str) -> str:
+    """Salted SHA-256 of all rows, whatever their order: tells whether the data changed, not what it is."""
+    digests = [digest for part in examples for digest in row_digests(part, salt)]
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def row_digests(examples: ExampleSet, salt: str) -> list[bytes]:

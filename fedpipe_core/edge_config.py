@@ -20,6 +20,9 @@ class EdgeDataSpec(Spec):
     """Where the edge's rows are, and what its columns are called where that differs from the federation's config."""
 
     train: str = Field(description="Training rows (.jsonl, .csv or .parquet, .gz too); relative to this file")
+    validation: str | None = Field(
+        None, description="Rows on which this edge judges rounds, a file as above; a share of `train` when left out"
+    )
     text_column: str | None = Field(None, description="Column with the text; the federation's when left out")
     label_column: str | None = Field(None, description="Column with the label; the federation's when left out")
     prompt_column: str | None = Field(None, description="Column with the prompt; the federation's when left out")
@@ -80,7 +83,8 @@ def load_edge_config(path: str | Path) -> EdgeConfig:
     except ValidationError as error:
         raise ConfigError(f"{path} has {describe_faults(error)}") from None
     folder = path.absolute().parent
-    data = config.data.model_copy(update={"train": str(folder / config.data.train)})
+    rows = {name: str(folder / value) for name in ("train", "validation") if (value := getattr(config.data, name))}
+    data = config.data.model_copy(update=rows)
     places = {name: str(folder / value) for name in ("base", "key", "state") if (value := getattr(config, name))}
     return config.model_copy(update={"data": data, **places})
 
@@ -110,7 +114,8 @@ def config_at_edge(config: FederationConfig, own: EdgeConfig) -> FederationConfi
             f"{own.edge_id}: federation {config.name} would run Python code of {config.model.base} here; "
             "set trust_remote_code in edge.yaml to allow it"
         )
-    data = config.data.model_copy(update={**own.data.model_dump(exclude_none=True), "partition": None})
+    rows = {"validation": "", **own.data.model_dump(exclude_none=True), "partition": None}
+    data = config.data.model_copy(update=rows)
     model = config.model if own.base is None else config.model.model_copy(update={"base": own.base})
     return config.model_copy(update={"data": data, "model": model})
 

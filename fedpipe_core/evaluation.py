@@ -12,15 +12,19 @@ from torch import nn
 from torch.nn import functional
 
 from fedpipe_core.batches import Batch, evaluation_batches
+from fedpipe_core.config import FederationConfig
 from fedpipe_core.config_inputs import GenerationSpec
+from fedpipe_core.data import Examples
+from fedpipe_core.dialogues import Dialogues
 from fedpipe_core.edge_model import move_batch
 from fedpipe_core.generation import write_texts
 from fedpipe_core.losses import class_logits, learned_tokens, token_logits
 from fedpipe_core.predictions import Answers, Predictions, metric_of
+from fedpipe_core.seeding import drawn
 from fedpipe_core.side_by_side import side_by_side
 from fedpipe_core.text_metrics import text_counts
 from fedpipe_core.token_predictions import TokenPredictions
-from fedpipe_core.tokenizing import Prompts, TokenizedExamples
+from fedpipe_core.tokenizing import Prompts, TokenizedExamples, tokenize_prompts
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,15 @@ class WritingTask:
     prompts: Prompts
     spec: GenerationSpec
     tokenizer: Any
+
+
+def writing_task(examples: Examples | Dialogues, config: FederationConfig, tokenizer: Any) -> WritingTask | None:
+    """The prompts of these rows that a judged model continues, drawn by seed; None where the config asks for none."""
+    spec = config.evaluation.generate
+    if spec is None or not isinstance(examples, Dialogues):
+        return None
+    chosen = examples.select(drawn("generation", len(examples), spec.examples, config.seed))
+    return WritingTask(tokenize_prompts(chosen, tokenizer, config.model.max_tokens), spec, tokenizer)
 
 
 def predict(

@@ -12,8 +12,9 @@ import numpy as np
 
 from fedpipe_core.config import ReleaseSpec
 from fedpipe_core.errors import ReleaseError
-from fedpipe_core.predictions import Answers, Interval, improvement_interval, metric_of
+from fedpipe_core.predictions import LOWER_IS_BETTER, Answers, Interval, improvement_interval, metric_of
 
+LEAST_AGREEMENT = 0.9  # of a whole export in 16 bits, whose near ties may fall otherwise
 _ROUNDING = 1e-12  # a gain of exactly the minimum must pass although 0.57 - 0.56 < 0.01
 
 
@@ -85,6 +86,23 @@ def loss_check(export: str, loss: float, merged_loss: float, spec: ReleaseSpec) 
     )
 
 
+def agreement_check(export: str, agreement: float, registered: bool) -> Check:
+    """Tell an export apart from a broken one where no rows can tell its loss: by its answers to made-up rows.
+
+    Whole exports answer as the unquantized model does, so the one that is registered must; of others it is told only.
+    """
+    passed = not registered or agreement >= LEAST_AGREEMENT
+    needed = "" if passed else f", needed {LEAST_AGREEMENT:.0%}"
+    return Check(
+        name=f"agreement of {export}",
+        value=agreement,
+        threshold=LEAST_AGREEMENT if registered else None,
+        passed=passed,
+        reason=f"export {export} answers {agreement:.2%} of made-up rows as the unquantized model does{needed}; its "
+        "loss was not measured: the coordinator has no rows",
+    )
+
+
 def _finite_check(challenger: Answers) -> Check:
     bad = int((~np.isfinite(challenger.losses)).sum())
     found = "every loss is finite" if bad == 0 else f"{bad} of {challenger.losses.size} losses are not finite"
@@ -109,18 +127,24 @@ def _require_same_set(challenger: Answers, champion: Answers) -> None:
 
 def _improvement_checks(challenger: Answers, champion: Answers, spec: ReleaseSpec, seed: int) -> list[Check]:
     metric = spec.metric or challenger.metrics[0]
-    gain = improvement_interval(challenger, champion, metric, spec.confidence, seed)
-    now, before = metric_of(challenger, metric), metric_of(champion, metric)
+    size = improvement_check(metric, metric_of(challenger, metric), metric_of(champion, metric), spec)
+    if not spec.confidence:
+        return [size]
+    return [size, _certainty_check(improvement_interval(challenger, champion, metric, spec.confidence, seed))]
+
+
+def improvement_check(metric: str, now: float, before: float, spec: ReleaseSpec) -> Check:
+    """Check that a metric is better than the champion's, and by as much as is asked for."""
+    gain = (before - now) if metric in LOWER_IS_BETTER else (now - before)
     needed = f"at least {spec.min_improvement:g}" if spec.min_improvement else "more than 0"
-    size = Check(
+    return Check(
         name=f"{metric} improvement",
-        value=gain.estimate,
+        value=gain,
         threshold=spec.min_improvement,
-        passed=gain.estimate > 0 and gain.estimate >= spec.min_improvement - _ROUNDING,
-        reason=f"{metric} is {now:.4f} against the champion's {before:.4f}, an improvement of "
-        f"{gain.estimate:+.4f}; needed {needed}",
+        passed=gain > 0 and gain >= spec.min_improvement - _ROUNDING,
+        reason=f"{metric} is {now:.4f} against the champion's {before:.4f}, an improvement of {gain:+.4f}; "
+        f"needed {needed}",
     )
-    return [size, _certainty_check(gain)] if spec.confidence else [size]
 
 
 def _certainty_check(gain: Interval) -> Check:

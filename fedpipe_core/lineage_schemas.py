@@ -5,7 +5,7 @@ Importing this module imports no torch. Nothing here holds a row, a token or a l
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from fedpipe_core.schemas import Record
+from fedpipe_core.record import Record
 
 
 class RunManifest(Record):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from fedpipe_core.combined_metrics import combined_metrics
+from fedpipe_core.evaluation_schemas import EdgeEvaluation
 from fedpipe_core.predictions import Interval
 from fedpipe_core.schemas import EdgePlan, EdgeProfile, ExportRecord, FederationPlan, FederationRecord, RoundRecord
 
@@ -19,7 +21,10 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Everything a card is made from; `metrics` and `baseline` are on the held-out set, after and before training."""
+    """Everything a card is made from; `metrics` and `baseline` are on the held-out set, after and before training.
+
+    Where only the edges have rows, `metrics` is empty and `evaluations` holds what each edge found.
+    """
 
     model_name: str
     base: str
@@ -29,11 +34,17 @@ class CardFacts:
     plan: FederationPlan
     rounds: Sequence[RoundRecord]
     adapter_sha256: str
-    evaluation_sha256: str
+    evaluation_sha256: str | None
     baseline: Mapping[str, float]
     metrics: Mapping[str, Interval]
     exports: Sequence[ExportRecord] = field(default=())
     task: str = "sequence-classification"
+    evaluations: Mapping[str, EdgeEvaluation] = field(default_factory=dict)
+
+    @property
+    def metric_names(self) -> list[str]:
+        """What the version is judged by."""
+        return list(self.metrics or self.rounds[-1].metrics)
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,24 @@ def _use(facts: CardFacts) -> str:
 
 
 def _metrics(facts: CardFacts) -> str:
+    parts = [_held_out(facts)] if facts.metrics else []
+    return "\n\n".join([*parts, _at_edges(facts)] if facts.evaluations else parts)
+
+
+def _at_edges(facts: CardFacts) -> str:
+    """What each edge found, and all together."""
+    together = combined_metrics(facts.evaluations)
+    names, rows = list(together), sum(found.rows for found in facts.evaluations.values())
+    lines = [
+        (edge_id, found.rows, *(_number(found.metrics.get(name)) for name in names))
+        for edge_id, found in sorted(facts.evaluations.items())
+    ]
+    begun = [] if facts.metrics else [("before training", "", *(_number(facts.baseline.get(name)) for name in names))]
+    table = _table(("edge", "rows", *names), [*lines, ("together", rows, *map(_number, together.values())), *begun])
+    return f"On rows that each edge kept out of training, beside its own base; together by weighted means.\n\n{table}"
+
+
+def _held_out(facts: CardFacts) -> str:
     table = _table(
         ("metric", "before training", "after", "interval"),
         (
@@ -126,10 +155,8 @@ def _metrics(facts: CardFacts) -> str:
         ),
     )
     levels = sorted({f"{after.confidence:.0%}" for after in facts.metrics.values()})
-    return (
-        f"On the held-out set `{_short(facts.evaluation_sha256)}`; bootstrap intervals at {' and '.join(levels)}.\n\n"
-        f"{table}"
-    )
+    name = _short(facts.evaluation_sha256 or "")
+    return f"On the held-out set `{name}`; bootstrap intervals at {' and '.join(levels)}.\n\n{table}"
 
 
 def _data(facts: CardFacts) -> str:
@@ -161,7 +188,7 @@ def _plan_row(plan: EdgePlan) -> tuple[object, ...]:
 
 
 def _rounds(facts: CardFacts) -> str:
-    names = list(facts.metrics)
+    names = facts.metric_names
     return _table(
         ("round", "edges counted", "dropped", *names, "seconds", "uploaded (MiB)"),
         (
@@ -179,10 +206,12 @@ def _rounds(facts: CardFacts) -> str:
 
 
 def _exports(facts: CardFacts) -> str:
-    names = list(facts.metrics)
+    names = facts.metric_names
     found = ("loss change", "same answers", "loads in (s)", "latency", "kept", "sha256")
     table = _table(("export", "size (MiB)", *names, *found), (_export_row(export, names) for export in facts.exports))
+    without = "" if facts.metrics else "Answers to made-up rows are compared, as the coordinator has no others. "
     return (
+        f"{without}"
         "Each was reloaded in a fresh process and is told beside the unquantized merged model; latency is per example, "
         f"relative to the base's, with a 95 % interval.\n\n{table}"
     )

@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 
 from fedpipe_core.config import DataSpec, EdgeSpec, FederationConfig, PartitionSpec
-from fedpipe_core.data import Examples, ExampleSet, load_examples, load_examples_and_column, row_digests
+from fedpipe_core.data import (
+    Examples,
+    ExampleSet,
+    load_examples,
+    load_examples_and_column,
+    row_digests,
+    split_validation,
+)
 from fedpipe_core.dialogues import Dialogues
 from fedpipe_core.errors import ConfigError, DataError
 from fedpipe_core.seeding import random_generator
@@ -44,6 +51,17 @@ def load_edge_examples(config: FederationConfig, edge: EdgeSpec) -> Examples | D
     if config.data.partition is None:
         return load_examples(config.data.train.replace("{edge_id}", edge.edge_id), config.data)
     return load_partition(config).shards[edge.edge_id]
+
+
+def load_split_examples(config: FederationConfig, edge: EdgeSpec) -> tuple[Examples | Dialogues, Examples | Dialogues]:
+    """An edge's rows for training and for validation: of a file of its own where one is named, else a share of all.
+
+    Raises DataError as `load_edge_examples` does.
+    """
+    examples, data = load_edge_examples(config, edge), config.data
+    if data.validation:
+        return examples, load_examples(data.validation.replace("{edge_id}", edge.edge_id), data)
+    return split_validation(examples, data.validation_fraction, config.seed)
 
 
 def load_partition(config: FederationConfig) -> Partition:

@@ -44,6 +44,9 @@ class Answers(Protocol):
     def examples_of(self, metric: str) -> int:
         """How many examples a metric rests on."""
 
+    def weight_of(self, metric: str) -> int:
+        """What a metric is a mean over: its weight beside answers to other examples."""
+
     def metric_of_draws(self, metric: str, draws: NDArray[np.int64]) -> NDArray[np.float64]:
         """The metric of each row of `draws`, which holds indices of its examples; shape (rows,)."""
 
@@ -94,6 +97,10 @@ class Predictions:
     def examples_of(self, metric: str) -> int:
         """All of them, whatever the metric."""
         return self.labels.size
+
+    def weight_of(self, metric: str) -> int:
+        """The examples."""
+        return self.examples_of(metric)
 
     def metric_of_draws(self, metric: str, draws: NDArray[np.int64]) -> NDArray[np.float64]:
         """Accuracy, macro-F1 or mean loss of each row of `draws`; shape (rows,)."""

@@ -5,15 +5,13 @@ Importing this module imports no torch. Every record refuses unknown keys, so a 
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 
 from fedpipe_core.config import Bits
+from fedpipe_core.evaluation_schemas import EdgeEvaluation
+from fedpipe_core.record import Record
 
-
-class Record(BaseModel):
-    """A frozen value with a JSON form."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+BESIDE = "edges_"  # begins the names of the edges' metrics where the coordinator's stand beside them
 
 
 class DataReference(Record):
@@ -295,12 +293,29 @@ class RoundRecord(Record):
     upload_bytes: NonNegativeInt
     download_bytes: NonNegativeInt
     train_loss: dict[str, FiniteFloat] = Field(default_factory=dict)
-    edge_metrics: dict[str, dict[str, FiniteFloat]] = Field(default_factory=dict)
-    metrics: dict[str, FiniteFloat]
+    edge_metrics: dict[str, dict[str, FiniteFloat]] = Field(
+        default_factory=dict, description="What the round started from, on the rows of each edge that trained"
+    )
+    metrics: dict[str, FiniteFloat] = Field(
+        description="What the round led to: on the coordinator's rows, or else on the edges' together; where both "
+        "judge, the edges' beside it under names that begin with `edges_`"
+    )
+    evaluations: dict[str, EdgeEvaluation] = Field(
+        default_factory=dict, description="What the round led to, on each edge's own rows, where the edges judge"
+    )
+    not_judged: dict[str, str] = Field(
+        default_factory=dict, description="Edges asked to judge whose rows did not count, with the reason"
+    )
     adapter_sha256: str
     records: dict[str, str] = Field(
         default_factory=dict, description="sha256 of every record the round rests on, by its key"
     )
+
+    @property
+    def judges(self) -> str:
+        """On whose rows `metrics` rests, in words."""
+        beside = any(name.startswith(BESIDE) for name in self.metrics)
+        return "edges' rows" if self.evaluations and not beside else "held-out set"
 
 
 class MeasuredCost(Record):

@@ -19,3 +19,10 @@ def derive_seed(*parts: int | str) -> int:
 def random_generator(*parts: int | str) -> np.random.Generator:
     """A NumPy generator seeded by `derive_seed(*parts)`."""
     return np.random.default_rng(derive_seed(*parts))
+
+
+def drawn(purpose: str, rows: int, wanted: int | None, seed: int) -> list[int]:
+    """Indices of `wanted` rows drawn by seed, or of all, in rising order."""
+    if wanted is None or wanted >= rows:
+        return list(range(rows))
+    return sorted(random_generator(purpose, seed).permutation(rows)[:wanted].tolist())

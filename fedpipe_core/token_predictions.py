@@ -68,6 +68,10 @@ class TokenPredictions:
         """The examples, or the prompts that were continued."""
         return len(self.written[metric]) if metric in self.written else self.tokens.size
 
+    def weight_of(self, metric: str) -> int:
+        """The prompts that were continued, or the learned tokens."""
+        return len(self.written[metric]) if metric in self.written else int(self.tokens.sum())
+
     def metric_of_draws(self, metric: str, draws: NDArray[np.int64]) -> Floats:
         """The metric of each row of `draws`: from the sums over its examples, so long examples count for more."""
         if metric in self.written:

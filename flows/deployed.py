@@ -31,7 +31,8 @@ def require_lasting_places(config: FederationConfig) -> None:
     """Raise ConfigError when a worker runs this federation and would look for, or leave, files in its own folder."""
     if runtime.deployment.id is None:
         return
-    check_paths({"store": config.store, "data.train": config.data.train, "data.test": config.data.test})
+    files = {f"data.{name}": getattr(config.data, name) for name in ("train", "test", "validation")}
+    check_paths({"store": config.store, **files})
     if "://" in config.store and not (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
         raise ConfigError(
             f"store {config.store} has no folder beside it for MLflow's records, and a worker's own folder does not "

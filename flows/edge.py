@@ -13,7 +13,7 @@ RETRIES = 1
 
 @flow(name="serve_edge", flow_run_name="{edge_id} serves {run}", retries=RETRIES, retry_delay_seconds=10)
 def serve_edge(run: str, store: str, edge_id: str) -> State[None]:
-    """Profile this machine's edge once, then train every round of a run; the coordinator starts this flow.
+    """Profile this machine's edge once, then judge and train every round of a run; the coordinator starts this flow.
 
     Args:
         run: Name of the run.
@@ -27,7 +27,7 @@ def serve_edge(run: str, store: str, edge_id: str) -> State[None]:
             "work_queue in the federation's config, or edge_id in edge.yaml"
         )
     with quick_imports():  # of torch; whoever only looks this flow up, a worker or `prefect deploy`, needs none of it
-        from tasks import edge, served_edge
+        from tasks import edge, edge_judging, served_edge
     session, record = served_edge.open_session(own, run, store)
     try:
         retried = runtime.flow_run.run_count <= RETRIES
@@ -37,7 +37,10 @@ def serve_edge(run: str, store: str, edge_id: str) -> State[None]:
             served.await_plan()
             served_edge.keep_planned_base(session)
             while round_index := served.next_round():
-                edge.train_round(session, round_index)
+                if served.judges:
+                    edge_judging.judge(session, round_index)
+                else:
+                    edge.train_round(session, round_index)
     except edge.StoppedError as stopped:
         return Cancelled(message=str(stopped))
     return Completed(message=f"{edge_id} served every round of {run}")

@@ -1,30 +1,27 @@
 """The whole pipeline: profile every edge, plan, train round after round, aggregate, judge, release."""
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 
-from prefect import Task, flow, runtime
+from prefect import flow, runtime
 from prefect.artifacts import create_table_artifact
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import PlanError, TrackingError
-from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.report import render_page
 from fedpipe_core.schemas import FederationPlan, RoundRecord, RunResult, SavedPlan
+from flows.all_edges import Edges, edge_sessions, on_all_edges
 from flows.deployed import require_lasting_places
+from flows.evaluation import judge_adapter
 from flows.release import release_model, require_releasable, track
 from tasks import edge, federation, mlflow_client, progress, remote_edges, reports, tracking
-from tasks.edge import EdgeSession, Machine
+from tasks.edge import EdgeSession
 from tasks.exports import check_exports
 from tasks.federation import Coordinator
 from tasks.plans import plan_at, plan_round
 from tasks.records import RunKeys, get_record, put_record
-from tasks.remote_edges import RemoteEdge
 from tasks.report import read_facts
 from tasks.reports import Outcome
 from tasks.storage import open_store
@@ -40,14 +37,6 @@ def _title() -> str:
     """Name of the flow run in Prefect's UI: the run's, or the federation's when the run was given none."""
     parameters = runtime.flow_run.parameters
     return parameters["run"] or str(parameters["config"].name)
-
-
-@dataclass(frozen=True)
-class Edges:
-    """The edges served in this process, and those on machines of their own."""
-
-    local: Sequence[EdgeSession]
-    remote: Sequence[RemoteEdge] = ()
 
 
 @flow(name="federated_finetune", flow_run_name=_title)
@@ -114,7 +103,8 @@ def _read_all_data(coordinator: Coordinator, sessions: Sequence[EdgeSession]) ->
     with progress.working("coordinator", "load model and data"):
         for session in sessions:
             session.data  # noqa: B018  read and kept by the session
-        coordinator.held_out, coordinator.label_names, coordinator.slices  # noqa: B018
+        if coordinator.config.coordinator_judges:
+            coordinator.held_out, coordinator.label_names, coordinator.slices  # noqa: B018
         check_exports(coordinator)
 
 
@@ -143,9 +133,10 @@ def profile_edges(coordinator: Coordinator, edges: Edges) -> None:
 
 def _run_rounds(coordinator: Coordinator, edges: Edges, plan: FederationPlan, tracked: TrackedRun) -> Outcome:
     federation.publish_first_adapter(coordinator, plan)
-    baseline = metrics_of(federation.evaluate(coordinator, 1, whole=True))
+    begun = judge_adapter(coordinator, edges, 1)
+    baseline = begun.metrics
     progress.note(f"before training: {reports.metrics_line(baseline)}")
-    tracking.log_round(tracked, 0, baseline, {})
+    tracking.log_round(tracked, 0, baseline, begun.of_edges)
     rounds = _all_rounds(coordinator, edges)
     plan = plan_at(coordinator.store, coordinator.keys, coordinator.config.rounds)
     with progress.working("coordinator", "record the rounds in MLflow"):
@@ -153,13 +144,6 @@ def _run_rounds(coordinator: Coordinator, edges: Edges, plan: FederationPlan, tr
         reports.log_plots(tracked, plan, rounds)
     create_table_artifact(reports.round_rows(rounds), key="rounds", description=f"Rounds of {coordinator.keys.run}")
     return Outcome(plan, rounds, baseline)
-
-
-def edge_sessions(coordinator: Coordinator) -> list[EdgeSession]:
-    """The edges served in this process."""
-    config = coordinator.config
-    machine = Machine(_threads_per_edge(config), signing_key=coordinator.signing_key)
-    return [EdgeSession(config, spec, coordinator.store, coordinator.keys, machine) for spec in config.local_edges]
 
 
 def _all_rounds(coordinator: Coordinator, edges: Edges) -> list[RoundRecord]:
@@ -180,11 +164,10 @@ def _one_round(coordinator: Coordinator, edges: Edges, round_index: int) -> Roun
         _train(coordinator, edges, plan_round(coordinator, round_index), round_index)
     plan = plan_at(coordinator.store, coordinator.keys, round_index, coordinator.config.coordinator_signs)
     aggregate = federation.aggregate_round(coordinator, plan, round_index)
-    last = round_index == coordinator.config.rounds
-    metrics = metrics_of(federation.evaluate(coordinator, round_index + 1, whole=last))
-    record = reports.round_record(coordinator, plan, aggregate, metrics, time.perf_counter() - started)
+    found = judge_adapter(coordinator, edges, round_index + 1)
+    record = reports.round_record(coordinator, plan, aggregate, found, time.perf_counter() - started)
     put_record(coordinator.store, coordinator.keys.round_record(round_index), record)
-    progress.note(f"round {round_index}/{coordinator.config.rounds}: {reports.metrics_line(metrics)}")
+    progress.note(f"round {round_index}/{coordinator.config.rounds}: {reports.metrics_line(found.metrics)}")
     return record
 
 
@@ -194,29 +177,3 @@ def _train(coordinator: Coordinator, edges: Edges, plan: FederationPlan, round_i
     planned = [session for session in edges.local if session.edge_id in plan.edges]
     on_all_edges(edge.train_round, planned, round_index=round_index)
     remote_edges.await_updates(coordinator, edges.remote, plan, round_index, time.monotonic() - started)
-
-
-def on_all_edges(step: Task, sessions: Sequence[EdgeSession], **parameters: object) -> None:  # type: ignore[type-arg]
-    """Run one step on every edge, as many at once as the machine is meant to carry; the first error is raised."""
-    if not sessions:
-        return
-    runner: ThreadPoolTaskRunner[None] = ThreadPoolTaskRunner(max_workers=_edges_at_once(sessions[0].config))
-    edge.allow_training()
-    with runner:
-        try:
-            futures = [runner.submit(step, {"session": session, **parameters}) for session in sessions]
-            for future in futures:
-                future.result()
-        except KeyboardInterrupt:
-            edge.stop_training()
-            raise
-
-
-def _threads_per_edge(config: FederationConfig) -> int:
-    """An even share of the cores, or of OMP_NUM_THREADS where it is set: the count of threads changes last digits."""
-    allowed = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    return max(1, (int(allowed) if allowed.isdigit() else os.cpu_count() or 1) // _edges_at_once(config))
-
-
-def _edges_at_once(config: FederationConfig) -> int:
-    return config.concurrency or min(len(config.local_edges), os.cpu_count() or 1) or 1

@@ -15,7 +15,8 @@ from fedpipe_core.methods import METHODS
 from fedpipe_core.planning import infeasible_edges
 from fedpipe_core.schemas import EdgeProfile, FederationPlan, SavedPlan
 from fedpipe_core.trials import foreseen_rounds
-from flows.federation import Edges, edge_sessions, profile_edges
+from flows.all_edges import Edges, edge_sessions
+from flows.federation import profile_edges
 from tasks import federation, remote_edges, reports
 from tasks.exports import check_exports
 from tasks.federation import Coordinator

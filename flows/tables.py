@@ -5,7 +5,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,18 @@ def result_summary(result: RunResult, unreleased: str = "") -> str:
     before, after = result.baseline_metrics, result.metrics
     lines = [
         f"run        {result.run}, {len(result.rounds)} rounds, {result.seconds:.0f} s",
-        *(f"{name:<10} {before[name]:.4f} before training, {value:.4f} after" for name, value in after.items()),
+        *(_quality_line(name, before.get(name), after) for name in after),
         *([f"model      has no release: {unreleased}"] if unreleased else _release_lines(result)),
         f"MLflow     {_mlflow_ui(result.tracking.uri)}  # experiment {result.tracking.experiment}",
         f"Prefect    {_prefect_ui()}",
     ]
     return "\n".join(lines)
+
+
+def _quality_line(name: str, before: float | None, after: Mapping[str, float]) -> str:
+    width = max(10, *map(len, after))
+    begun = "not measured" if before is None else f"{before:.4f}"
+    return f"{name:<{width}} {begun} before training, {after[name]:.4f} after"
 
 
 def _mlflow_ui(uri: str) -> str:

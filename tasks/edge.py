@@ -19,6 +19,7 @@ from fedpipe_core.config import FederationConfig
 from fedpipe_core.edge_model import EdgeModel, load_adapter, read_adapter
 from fedpipe_core.errors import FedPipeError, IntegrityError, UpdateRefusedError
 from fedpipe_core.evaluation import metrics_of, predict
+from fedpipe_core.evaluation_schemas import EvaluationRecord
 from fedpipe_core.low_rank import LowRank
 from fedpipe_core.profiling import profile_edge
 from fedpipe_core.schemas import EdgePlan, FailureRecord, GlobalRecord, ModelShape, UpdateRecord
@@ -55,6 +56,7 @@ __all__ = [
     "link_bytes_per_second",
     "profile",
     "read_global",
+    "reason_of",
     "shared_base",
     "stop_training",
     "train_round",
@@ -92,11 +94,16 @@ def train_round(session: EdgeSession, round_index: int) -> None:
         progress.note(f"{edge_id}: loss {update.train_loss:.4f} in round {round_index}")
         get_run_logger().info("%s: loss %.4f after %d steps", edge_id, update.train_loss, update.steps)
     except Exception as error:
-        reason = str(error) if isinstance(error, FedPipeError) else f"{type(error).__name__}: {error}"
+        reason = reason_of(error)
         get_run_logger().warning("%s: no update in round %d: %s", edge_id, round_index, reason, exc_info=True)
         failure = FailureRecord(run=keys.run, round=round_index, edge_id=edge_id, reason=reason)
         offer_record(session.store, keys.failure(round_index, edge_id), failure)  # a coordinator that gave up was first
         progress.note(f"{edge_id} returns no update from round {round_index}: {reason}")
+
+
+def reason_of(error: Exception) -> str:
+    """Why an edge could not do its part, as its record tells it."""
+    return str(error) if isinstance(error, FedPipeError) else f"{type(error).__name__}: {error}"
 
 
 def read_global(
@@ -126,7 +133,7 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
     with lent_model(session.design) as model:
         load_adapter(model, start, tail)
         with progress.working(session.edge_id, f"train round {round_index}", plan.local_steps) as advance:
-            metrics = _validate(session, model)
+            metrics = _judged_before(session, round_index) or _validate(session, model)
             report = _train(session, model, round_index, advance)
             trained_metrics = _validate(session, model) if plan.trial else {}
         trained, peak_memory_bytes = read_adapter(model), session.measure_memory(model)
@@ -157,6 +164,18 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
     )
     put_record(session.store, keys.update_record(round_index, session.edge_id), update, session.machine.signing_key)
     return update
+
+
+def _judged_before(session: EdgeSession, round_index: int) -> dict[str, float]:
+    """What the edge found the received adapter worth when it judged it, but for written text; nothing in a trial,
+    where the same rows have to be judged again.
+    """
+    key, generate = session.keys.evaluation(round_index, session.edge_id), session.config.evaluation.generate
+    if not session.config.edges_judge or session.plan.trial:
+        return {}
+    found = get_record(session.store, key, EvaluationRecord)
+    written = generate.metrics if generate else ()
+    return {name: value for name, value in found.evaluation.metrics.items() if name not in written} if found else {}
 
 
 def _validate(session: EdgeSession, model: EdgeModel) -> dict[str, float]:

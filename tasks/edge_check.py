@@ -54,4 +54,6 @@ def _told(own: EdgeConfig, run: str, store: str) -> dict[str, Any]:
 def _rows(own: EdgeConfig) -> dict[str, Any]:
     """How many rows there are, and of which columns: what can be told without a federation."""
     rows = [sorted(map(str, row.values)) for row in read_rows(own.data.train)]
-    return {"rows": len(rows), "columns": rows[0] if rows else []}
+    found = {"rows": len(rows), "columns": rows[0] if rows else []}
+    judged = {"validation_rows": sum(1 for _ in read_rows(own.data.validation))} if own.data.validation else {}
+    return found | judged

@@ -16,14 +16,15 @@ import torch
 from fedpipe_core import aggregation_rules
 from fedpipe_core.config import EdgeSpec, FederationConfig
 from fedpipe_core.costs import probed_bits
-from fedpipe_core.data import fingerprint, split_validation
+from fedpipe_core.data import fingerprint
 from fedpipe_core.edge_model import EdgeModel
 from fedpipe_core.errors import IntegrityError
+from fedpipe_core.evaluation import WritingTask, writing_task
 from fedpipe_core.forms import InstanceSpec
 from fedpipe_core.memory import training_memory_bytes
 from fedpipe_core.methods import METHODS
 from fedpipe_core.model import Base, base_shape, model_shape
-from fedpipe_core.partition import load_edge_examples
+from fedpipe_core.partition import load_split_examples
 from fedpipe_core.profiling import EdgeData, Limits, declared_limits, probe_batch
 from fedpipe_core.resources import free_memory_bytes
 from fedpipe_core.schemas import EdgePlan, FederationPlan, ModelShape
@@ -119,18 +120,25 @@ class EdgeSession:
     @functools.cached_property
     def data(self) -> EdgeData:
         """The edge's rows, split into training and validation."""
-        examples = load_edge_examples(self.config, self.edge)
         salt = f"{self.config.name}/{self.edge_id}"
-        training, validation = split_validation(examples, self.config.data.validation_fraction, self.config.seed)
+        training, validation = load_split_examples(self.config, self.edge)
         base, longest = self.profile_base, self.config.model.max_tokens
         found = EdgeData(
             train=tokenize(training, base.tokenizer, longest, base.vocabulary, self.config.training.learn_prompts),
             validation=tokenize(validation, base.tokenizer, longest, base.vocabulary),
-            fingerprint=fingerprint(examples, salt),
+            fingerprint=fingerprint([training, validation], salt),
         )
         if shortened := found.shortened:
             progress.note(f"{self.edge_id}: {shortened} at model.max_tokens {longest}")
         return found
+
+    @functools.cached_property
+    def writing(self) -> WritingTask | None:
+        """The prompts of the validation rows that a judged model continues, where the config asks for it."""
+        if self.config.evaluation.generate is None:
+            return None
+        _, validation = load_split_examples(self.config, self.edge)
+        return writing_task(validation, self.config, self.profile_base.tokenizer)
 
     @functools.cached_property
     def limits(self) -> Limits:

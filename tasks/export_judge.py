@@ -29,6 +29,8 @@ from fedpipe_core.export_proof import agreement, answers, measure_latency
 from fedpipe_core.gguf_export import GGUF_SCHEMES
 from fedpipe_core.quantized_export import QUANTIZED_SCHEMES
 from fedpipe_core.schemas import Latency
+from fedpipe_core.seeding import random_generator
+from fedpipe_core.tokenizing import TokenizedExamples
 from fedpipe_core.wire import decode_adapter
 from tasks.federation import Coordinator, batches_at_once
 from tasks.local_store import LocalStore
@@ -39,10 +41,11 @@ COMPARED_EXAMPLES = 512  # on which answers are compared one by one
 COMPARED_BATCH = 32  # at most, so that every core has some
 COMPARED_TEXTS = 128  # of a language model, each with as many answers as tokens
 TIMED_EXAMPLES = 8
+MADE_UP_ROWS = 128
 
 
 class Verdict(BaseModel):
-    """What a fresh process found; `answers` is the JSON of the export's answers on the held-out set."""
+    """What a fresh process found; `answers` is the JSON of the export's answers on the held-out set, if any."""
 
     answers: str = ""
     agreement: float | None = None
@@ -127,7 +130,7 @@ def main() -> None:
 def _prepare(config: FederationConfig, adapter: Path) -> _Bench:
     coordinator = Coordinator(config, LocalStore(str(adapter.parent)), RunKeys("judged"))
     torch.set_num_threads(1)
-    held_out = coordinator.held_out
+    held_out = coordinator.held_out if config.coordinator_judges else made_up_rows(coordinator)
     by_length = sorted(range(len(held_out)), key=lambda row: len(held_out.token_ids[row]))
     middle = max(0, len(by_length) // 2 - TIMED_EXAMPLES // 2)
     most = COMPARED_TEXTS if held_out.per_token else COMPARED_EXAMPLES
@@ -139,6 +142,15 @@ def _prepare(config: FederationConfig, adapter: Path) -> _Bench:
     return _Bench(coordinator, compared, timed, answers(merged, compared, batches_at_once()))
 
 
+def made_up_rows(coordinator: Coordinator) -> TokenizedExamples:
+    """Rows of random tokens, for a coordinator without rows: answers to them can be compared, though not judged."""
+    generator, longest = random_generator("made-up rows"), coordinator.config.model.max_tokens
+    lengths = generator.integers(1, longest, size=MADE_UP_ROWS, endpoint=True)
+    ids = [generator.integers(coordinator.base.vocabulary, size=length).tolist() for length in lengths]
+    per_token = coordinator.config.model.task == "causal-lm"
+    return TokenizedExamples(ids, ids if per_token else [0] * len(ids), coordinator.base.tokenizer.pad_token_id)
+
+
 def _judge(bench: _Bench, scheme: str, folder: Path) -> Verdict:
     base = bench.coordinator.base
     try:
@@ -146,7 +158,7 @@ def _judge(bench: _Bench, scheme: str, folder: Path) -> Verdict:
         model = SCHEMES[scheme].load(TunedModel(base, Adapter({}, {}), "fp32", None), folder)
         load_seconds = time.perf_counter() - started
         return Verdict(
-            answers=bench.coordinator.judge(model).to_json(),
+            answers=bench.coordinator.judge(model).to_json() if bench.coordinator.config.coordinator_judges else "",
             agreement=agreement(answers(model, bench.compared, batches_at_once()), bench.reference),
             load_seconds=load_seconds,
             latency=measure_latency(model, _beside(base.model, model, scheme), bench.timed),

@@ -13,7 +13,7 @@ from fedpipe_core.errors import IntegrityError, ReleaseError
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.export import folder_sha256
 from fedpipe_core.export_choice import AUTO
-from fedpipe_core.gate import Check, loss_check
+from fedpipe_core.gate import Check, agreement_check, loss_check
 from fedpipe_core.schemas import ExportRecord
 from fedpipe_core.token_predictions import read_answers
 from tasks import progress
@@ -42,7 +42,7 @@ def export(release: Release, scheme: str, edges: Sequence[str] = ()) -> ExportRe
     with progress.working("coordinator", f"export {scheme}"):
         _write(release, scheme, folder)
         verdict = release.judge.judge(scheme, folder)
-        check, metrics = _loss_verdict(release, scheme, verdict)
+        check, metrics = _verdict(release, scheme, verdict)
         if scheme == release.registered:
             _require_sound(release, check)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -56,7 +56,7 @@ def export(release: Release, scheme: str, edges: Sequence[str] = ()) -> ExportRe
         sha256=folder_sha256(folder),
         metrics=metrics,
         seconds=time.perf_counter() - started,
-        loss_increase=check.value if math.isfinite(check.value) else None,
+        loss_increase=check.value if metrics and math.isfinite(check.value) else None,
         agreement=verdict.agreement,
         load_seconds=verdict.load_seconds,
         latency=verdict.latency,
@@ -90,12 +90,14 @@ def _require_sound(release: Release, check: Check) -> None:
         )
 
 
-def _loss_verdict(release: Release, scheme: str, verdict: Verdict) -> tuple[Check, dict[str, float]]:
+def _verdict(release: Release, scheme: str, verdict: Verdict) -> tuple[Check, dict[str, float]]:
     """Whether an export's loss is within its limit of the unquantized model's, and its metrics where it has any."""
     if verdict.error:
         limit = release.coordinator.config.release.max_loss_increase
         reason = f"export {scheme} could not be used after reloading it: {verdict.error}"
         return Check(f"loss of {scheme}", math.inf, limit, False, reason), {}
+    if not release.coordinator.config.coordinator_judges:
+        return agreement_check(scheme, verdict.agreement or 0.0, scheme == release.registered), {}
     predictions = read_answers(verdict.answers)
     release.predictions[scheme] = predictions
     metrics = metrics_of(predictions)

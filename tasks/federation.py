@@ -21,7 +21,7 @@ from fedpipe_core.config import FederationConfig
 from fedpipe_core.data import Examples, label_names, load_examples, load_examples_and_column
 from fedpipe_core.dialogues import Dialogues
 from fedpipe_core.errors import ConfigError, DataError, PlanError, QuorumError, SignatureError
-from fedpipe_core.evaluation import WritingTask, predict
+from fedpipe_core.evaluation import WritingTask, predict, writing_task
 from fedpipe_core.forms import FORMS, FormFunctions
 from fedpipe_core.methods import METHODS, method_shape
 from fedpipe_core.model import Base, model_shape
@@ -36,9 +36,9 @@ from fedpipe_core.schemas import (
     SavedPlan,
     UpdateRecord,
 )
-from fedpipe_core.seeding import random_generator
+from fedpipe_core.seeding import drawn
 from fedpipe_core.signatures import SigningKey
-from fedpipe_core.tokenizing import TokenizedExamples, tokenize, tokenize_prompts
+from fedpipe_core.tokenizing import TokenizedExamples, tokenize
 from fedpipe_core.wire import encode_adapter
 from tasks import progress
 from tasks.aggregation import Combination, StoredRun, combine_updates, update_record, wire_dtype
@@ -97,12 +97,7 @@ class Coordinator:
     @functools.cached_property
     def writing(self) -> WritingTask | None:
         """The prompts that a judged model continues, where the config asks for it."""
-        spec, examples = self.config.evaluation.generate, self._examples
-        if spec is None or not isinstance(examples, Dialogues):
-            return None
-        chosen = examples.select(_drawn("generation", len(examples), spec.examples, self.config.seed))
-        prompts = tokenize_prompts(chosen, self.base.tokenizer, self.config.model.max_tokens)
-        return WritingTask(prompts, spec, self.base.tokenizer)
+        return writing_task(self._examples, self.config, self.base.tokenizer)
 
     @functools.cached_property
     def label_names(self) -> list[str] | None:
@@ -352,11 +347,4 @@ def _require_quorum(config: FederationConfig, round_index: int, counted: int, dr
 
 
 def _share(held_out: TokenizedExamples, config: FederationConfig) -> TokenizedExamples:
-    return held_out.select(_drawn("evaluation", len(held_out), config.evaluation.examples_per_round, config.seed))
-
-
-def _drawn(purpose: str, rows: int, wanted: int | None, seed: int) -> list[int]:
-    """Indices of `wanted` rows drawn by seed, or of all, in rising order."""
-    if wanted is None or wanted >= rows:
-        return list(range(rows))
-    return sorted(random_generator(purpose, seed).permutation(rows)[:wanted].tolist())
+    return held_out.select(drawn("evaluation", len(held_out), config.evaluation.examples_per_round, config.seed))

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import IntegrityError, ReleaseError
+from fedpipe_core.evaluation_schemas import JudgedRecord
 from fedpipe_core.lineage_schemas import RunManifest
 from fedpipe_core.schemas import GlobalRecord, RoundRecord, RunResult
 from tasks.lineage import needed_record
@@ -63,7 +64,8 @@ def object_hashes(store: ObjectStore, keys: Iterable[str]) -> dict[str, str]:
 def _opening_records(store: ObjectStore, keys: RunKeys, index: int) -> list[str]:
     """What a round began with: the round before it, or the run's first records, and a plan that was made for it."""
     first = index == 1
-    opening = [keys.federation, keys.global_record(1)] if first else [keys.round_record(index - 1)]
+    begun = [keys.federation, keys.global_record(1), *_judging_records(store, keys, 1)]
+    opening = begun if first else [keys.round_record(index - 1)]
     plans = [key for start, key in plan_keys(store, keys).items() if start == index or (first and start == 0)]
     profiles = map(keys.profile, plan_at(store, keys, index).edges) if plans else ()
     return [*opening, *plans, *profiles]
@@ -77,7 +79,14 @@ def _answer_records(store: ObjectStore, keys: RunKeys, made: GlobalRecord) -> li
         *(keys.update_record(index, edge_id) for edge_id in answers),
         *(key for key in failures if store.exists(key)),
         keys.global_record(made.round),
+        *_judging_records(store, keys, made.round),
     ]
+
+
+def _judging_records(store: ObjectStore, keys: RunKeys, index: int) -> list[str]:
+    """What the edges found a round's start worth, where they judge."""
+    closed = get_record(store, keys.judged(index), JudgedRecord)
+    return [keys.judged(index), *(keys.evaluation(index, edge_id) for edge_id in closed.evaluations)] if closed else []
 
 
 def _closed_round(

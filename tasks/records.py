@@ -14,7 +14,8 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from fedpipe_core.errors import IntegrityError, ObjectMissingError, RunError
-from fedpipe_core.schemas import DataReference, Record, RoundRecord
+from fedpipe_core.record import Record
+from fedpipe_core.schemas import DataReference, RoundRecord
 from fedpipe_core.signatures import SigningKey, sign_record, unsigned, verify_record
 from tasks.storage import ObjectStore
 
@@ -30,7 +31,8 @@ class RunKeys:
 
     federation.json, plan.json, profiles/<edge>.json, manifest.json, release/<name>, result.json, and per round:
     rounds/0003/{global,round}.json, global.safetensors, updates/<edge>.{safetensors,json}, failures/<edge>.json, and
-    plans/0003.json where an edge joined in round 3. Signs of life are in leases/.
+    plans/0003.json where an edge joined in round 3. Where edges judge what a round starts from, it also has
+    evaluations/<edge>.json, evaluation_failures/<edge>.json and judged.json. Signs of life are in leases/.
     """
 
     run: str
@@ -96,6 +98,26 @@ class RunKeys:
         """Why an edge returned nothing."""
         return f"{self.failures(round_index)}/{edge_id}.json"
 
+    def evaluations(self, round_index: int) -> str:
+        """Folder of what the edges found the adapter worth that a round starts from."""
+        return f"{self.round_folder(round_index)}/evaluations"
+
+    def evaluation(self, round_index: int, edge_id: str) -> str:
+        """What an edge found the adapter worth that a round starts from."""
+        return f"{self.evaluations(round_index)}/{edge_id}.json"
+
+    def evaluation_failures(self, round_index: int) -> str:
+        """Folder of the reasons why edges did not judge."""
+        return f"{self.round_folder(round_index)}/evaluation_failures"
+
+    def evaluation_failure(self, round_index: int, edge_id: str) -> str:
+        """Why an edge did not judge."""
+        return f"{self.evaluation_failures(round_index)}/{edge_id}.json"
+
+    def judged(self, round_index: int) -> str:
+        """Closes the edges' judging of the adapter that a round starts from."""
+        return f"{self.round_folder(round_index)}/judged.json"
+
     @property
     def coordinator_lease(self) -> str:
         """The coordinator's sign of life."""
@@ -124,7 +146,7 @@ class RunKeys:
 
 
 def recorded_edges(store: ObjectStore, folder: str) -> list[str]:
-    """Ids of the edges with a record in a folder (`profiles`, `updates` or `failures`): one request for all edges."""
+    """Ids of the edges with a record in a folder (such as `profiles` or `updates`): one request for all edges."""
     paths = map(PurePosixPath, store.list(folder))
     return [path.stem for path in paths if path.suffix == ".json"]
 

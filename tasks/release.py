@@ -15,10 +15,11 @@ from prefect.cache_policies import NO_CACHE
 
 from fedpipe_core.base_folder import BASE_FILE
 from fedpipe_core.dialogues import chat_template
+from fedpipe_core.edge_gate import decide_by_edges
 from fedpipe_core.errors import ReleaseError
-from fedpipe_core.evaluation import metrics_of
+from fedpipe_core.evaluation_schemas import EdgeEvaluation
 from fedpipe_core.export import TunedModel
-from fedpipe_core.gate import Decision, decide
+from fedpipe_core.gate import Decision, agreement_check, decide
 from fedpipe_core.lineage_schemas import RunManifest
 from fedpipe_core.methods import METHODS
 from fedpipe_core.model_card import CardFacts, license_of, render_card
@@ -36,7 +37,8 @@ from fedpipe_core.schemas import (
 from tasks import progress, registry, tracking
 from tasks.edge import read_global
 from tasks.export_judge import SCHEMES, ExportJudge
-from tasks.federation import Coordinator, evaluate, read_profiles
+from tasks.federation import Coordinator, read_profiles
+from tasks.judging import judged, told_metrics
 from tasks.lineage import lasting_root, needed_record
 from tasks.manifest import run_manifest
 from tasks.plans import plan_at
@@ -86,9 +88,8 @@ class Release:
 
     @functools.cached_property
     def baseline(self) -> Mapping[str, float]:
-        """Metrics before training; measured when none were given."""
-        given = self._baseline
-        return metrics_of(evaluate(self.coordinator, 1, whole=True)) if given is None else given
+        """Metrics before training; when none were given measured here, and as the edges told them."""
+        return told_metrics(self.coordinator, 1) if self._baseline is None else self._baseline
 
     @functools.cached_property
     def tracked(self) -> TrackedRun:
@@ -109,6 +110,12 @@ class Release:
         coordinator = self.coordinator
         key = coordinator.keys.round_record(coordinator.config.rounds)
         return needed_record(coordinator.store, key, RoundRecord).metrics["loss"]
+
+    @functools.cached_property
+    def evaluations(self) -> Mapping[str, EdgeEvaluation]:
+        """What the edges found the final adapter worth; nothing where they do not judge."""
+        found = judged(self.coordinator, self.coordinator.config.rounds + 1)
+        return found.evaluations if found else {}
 
     @property
     def name(self) -> str:
@@ -146,13 +153,21 @@ def register(release: Release, exports: list[ExportRecord]) -> ModelVersion:
     """Register the model with its card and its answers on the held-out set; log the other exports beside it."""
     with progress.working("coordinator", "register"):
         card = _card(release, exports)
-        tracking.save_predictions(release.tracked, release.predictions[release.registered])
+        _save_answers(release)
         for entry in exports:
             tracking.log_metrics(release.tracked, _tracked_numbers(entry))
             if entry.scheme != release.registered and entry.kept:  # the version itself holds that one
                 tracking.log_folder(release.tracked, release.folder(entry.scheme), entry.scheme)
         files, tags = release.folder(release.registered), _tags(release)
         return registry.register_model(release.tracked, release.name, files, tags, card)
+
+
+def _save_answers(release: Release) -> None:
+    """Keep what the next version is compared with: answers on the coordinator's rows, and what the edges found."""
+    if release.coordinator.config.coordinator_judges:
+        tracking.save_predictions(release.tracked, release.predictions[release.registered])
+    if release.evaluations:
+        tracking.save_evaluations(release.tracked, release.evaluations)
 
 
 def _tracked_numbers(entry: ExportRecord) -> dict[str, float]:
@@ -188,7 +203,11 @@ def promote(release: Release, version: ModelVersion, exports: Sequence[ExportRec
 
 def _export_checks(release: Release, exports: Sequence[ExportRecord]) -> list[CheckReport]:
     """The limit on each export's loss: it decides on that export alone, not on the version."""
-    limit = release.coordinator.config.release.max_loss_increase
+    config = release.coordinator.config
+    if not config.coordinator_judges:
+        found = [agreement_check(e.scheme, e.agreement or 0.0, e.scheme == release.registered) for e in exports]
+        return [CheckReport(**asdict(check)) for check in found]
+    limit = config.release.max_loss_increase
     return [
         CheckReport(
             name=f"loss of {entry.scheme}",
@@ -213,6 +232,9 @@ def publish(release: Release, report: ReleaseReport) -> None:
 
 def _gate(release: Release, challenger: ModelVersion, champion: ModelVersion | None) -> Decision:
     coordinator = release.coordinator
+    if not coordinator.config.coordinator_judges:
+        rival = None if champion is None else _evaluations(release, champion)
+        return decide_by_edges(_evaluations(release, challenger), rival, coordinator.config.release)
     return decide(
         _answers(release, challenger),
         None if champion is None else _answers(release, champion),
@@ -220,6 +242,13 @@ def _gate(release: Release, challenger: ModelVersion, champion: ModelVersion | N
         coordinator.slices,
         coordinator.config.seed,
     )
+
+
+def _evaluations(release: Release, version: ModelVersion) -> Mapping[str, EdgeEvaluation]:
+    """What the edges found a version worth: told by this run, or kept with the version; nothing where neither is."""
+    if version.adapter_sha256 == release.adapter_sha256:
+        return release.evaluations
+    return tracking.load_evaluations(version.uri, version.run_id)
 
 
 def _answers(release: Release, version: ModelVersion) -> Answers:
@@ -260,11 +289,11 @@ def _tags(release: Release) -> dict[str, str]:
 
 def _card(release: Release, exports: list[ExportRecord]) -> str:
     coordinator = release.coordinator
-    keys, config, answers = coordinator.keys, coordinator.config, release.predictions[release.registered]
+    keys, config, answers = coordinator.keys, coordinator.config, release.predictions.get(release.registered)
     rounds = [
         needed_record(coordinator.store, keys.round_record(index + 1), RoundRecord) for index in range(config.rounds)
     ]
-    confidence = config.release.confidence or 0.95
+    confidence, names = config.release.confidence or 0.95, answers.metrics if answers else ()
     return render_card(
         CardFacts(
             model_name=release.name,
@@ -276,9 +305,10 @@ def _card(release: Release, exports: list[ExportRecord]) -> str:
             plan=plan_at(coordinator.store, keys, config.rounds),
             rounds=rounds,
             adapter_sha256=release.adapter_sha256,
-            evaluation_sha256=answers.evaluation_sha256,
+            evaluation_sha256=answers.evaluation_sha256 if answers else None,
             baseline=release.baseline,
-            metrics={name: metric_interval(answers, name, confidence, config.seed) for name in answers.metrics},
+            metrics={name: metric_interval(answers, name, confidence, config.seed) for name in names if answers},
             exports=exports,
+            evaluations=release.evaluations,
         )
     )

@@ -113,8 +113,9 @@ class RemoteEdge:
 @contextmanager
 def serving(coordinator: Coordinator) -> Iterator[list[RemoteEdge]]:
     """Have the run's remote edges served while the block runs; afterwards, however it ends, they stop by themselves."""
-    trained = coordinator.store.exists(coordinator.keys.global_record(coordinator.config.rounds + 1))
-    edges = [] if trained else [RemoteEdge(coordinator, spec) for spec in coordinator.config.remote_edges]
+    edges = (
+        [] if _are_done(coordinator) else [RemoteEdge(coordinator, spec) for spec in coordinator.config.remote_edges]
+    )
     if not edges:
         yield edges
         return
@@ -135,6 +136,13 @@ def serving(coordinator: Coordinator) -> Iterator[list[RemoteEdge]]:
         heartbeat.end(*ended)
         for edge in edges:
             edge.let_go(ended[0] == "done")
+
+
+def _are_done(coordinator: Coordinator) -> bool:
+    """Whether nothing is left to train, or to judge, at an edge."""
+    last, keys = coordinator.config.rounds + 1, coordinator.keys
+    key = keys.judged(last) if coordinator.config.edges_judge else keys.global_record(last)
+    return coordinator.store.exists(key)
 
 
 def await_profiles(coordinator: Coordinator, edges: Sequence[RemoteEdge]) -> None:
@@ -167,17 +175,46 @@ def await_updates(
 
     The deadline is the plan's, with the configured grace, less what the round took already.
     """
-    store, keys, limits = coordinator.store, coordinator.keys, coordinator.config.remote
+    keys = coordinator.keys
+    folders = keys.updates(round_index), keys.failures(round_index)
+    silent = _silent_edges(coordinator, edges, plan, folders, spent_seconds)
+    for edge_id, reason in silent.items():
+        failure = FailureRecord(run=keys.run, round=round_index, edge_id=edge_id, reason=reason)
+        if offer_record(coordinator.store, keys.failure(round_index, edge_id), failure):
+            progress.note(f"{edge_id} returns no update from round {round_index}: {reason}")
+
+
+def await_evaluations(
+    coordinator: Coordinator,
+    edges: Sequence[RemoteEdge],
+    plan: FederationPlan,
+    round_index: int,
+    spent_seconds: float = 0.0,
+) -> None:
+    """`await_updates` for what the remote edges find the adapter worth that a round starts from, no longer than it."""
+    keys = coordinator.keys
+    folders = keys.evaluations(round_index), keys.evaluation_failures(round_index)
+    silent = _silent_edges(coordinator, edges, plan, folders, spent_seconds)
+    for edge_id, reason in silent.items():
+        failure = FailureRecord(run=keys.run, round=round_index, edge_id=edge_id, reason=reason)
+        offer_record(coordinator.store, keys.evaluation_failure(round_index, edge_id), failure)
+
+
+def _silent_edges(
+    coordinator: Coordinator,
+    edges: Sequence[RemoteEdge],
+    plan: FederationPlan,
+    folders: tuple[str, str],
+    spent_seconds: float,
+) -> dict[str, str]:
+    """Wait for a record of each planned edge in one of two folders; why the others have none."""
     asked = [edge for edge in edges if edge.edge_id in plan.edges]
+    limits = coordinator.config.remote
 
     def answered() -> list[str]:
-        return recorded_edges(store, keys.updates(round_index)) + recorded_edges(store, keys.failures(round_index))
+        return [edge_id for folder in folders for edge_id in recorded_edges(coordinator.store, folder)]
 
-    limit_seconds = plan.round_seconds + limits.grace_seconds - spent_seconds
-    for edge_id, reason in _await(asked, answered, limit_seconds, limits).items():
-        failure = FailureRecord(run=keys.run, round=round_index, edge_id=edge_id, reason=reason)
-        if offer_record(store, keys.failure(round_index, edge_id), failure):
-            progress.note(f"{edge_id} returns no update from round {round_index}: {reason}")
+    return _await(asked, answered, plan.round_seconds + limits.grace_seconds - spent_seconds, limits)
 
 
 def _await(

@@ -20,6 +20,7 @@ from fedpipe_core.schemas import (
 )
 from tasks import tracking
 from tasks.federation import Coordinator, round_updates
+from tasks.judging import Worth
 from tasks.manifest import record_hashes
 from tasks.tracking import TrackedRun
 
@@ -41,7 +42,7 @@ class Outcome:
 
 
 def round_record(
-    coordinator: Coordinator, plan: FederationPlan, made: GlobalRecord, metrics: Mapping[str, float], seconds: float
+    coordinator: Coordinator, plan: FederationPlan, made: GlobalRecord, worth: Worth, seconds: float
 ) -> RoundRecord:
     """Close the round that made `made`."""
     updates = round_updates(coordinator, made.round - 1)
@@ -59,7 +60,9 @@ def round_record(
         download_bytes=sum(update.download_bytes for update in updates.values()),
         train_loss={edge_id: update.train_loss for edge_id, update in updates.items()},
         edge_metrics={edge_id: update.metrics for edge_id, update in updates.items()},
-        metrics=dict(metrics),
+        metrics=worth.metrics,
+        evaluations=worth.evaluations,
+        not_judged=worth.at_edges.dropped if worth.at_edges else {},
         adapter_sha256=made.adapter.sha256,
         records=record_hashes(coordinator.store, coordinator.keys, made),
     )
@@ -104,9 +107,10 @@ def tracked_metrics(record: RoundRecord) -> tuple[dict[str, float], dict[str, di
         "download_bytes": float(record.download_bytes),
         "edges_counted": float(len(record.participants)),
     }
+    judged = {edge_id: found.metrics for edge_id, found in record.evaluations.items()}
     edges = {
         edge_id: {
-            **record.edge_metrics.get(edge_id, {}),
+            **(judged.get(edge_id) or record.edge_metrics.get(edge_id, {})),
             "train_loss": loss,
             "train_seconds": record.train_seconds[edge_id],
         }
@@ -201,7 +205,7 @@ def _curves(rounds: Sequence[RoundRecord]) -> "Figure":
     for name in _SHARES:
         if name in rounds[0].metrics:
             quality.plot(steps, [record.metrics[name] for record in rounds], marker="o", label=name)
-    quality.set(xlabel="round", title="held-out set", xticks=steps)
+    quality.set(xlabel="round", title=rounds[0].judges, xticks=steps)
     quality.legend()
     edges = sorted({edge_id for record in rounds for edge_id in record.train_loss})
     for edge_id in edges if len(edges) <= MOST_SHOWN else []:
@@ -210,7 +214,7 @@ def _curves(rounds: Sequence[RoundRecord]) -> "Figure":
         losses = [sorted(record.train_loss.values()) or [math.nan] for record in rounds]
         loss.plot(steps, [median(values) for values in losses], marker=".", label=f"median of {len(edges)} edges")
         loss.fill_between(steps, [v[0] for v in losses], [v[-1] for v in losses], alpha=0.2, label="lowest to highest")
-    loss.plot(steps, [record.metrics["loss"] for record in rounds], "k--", label="held out")
+    loss.plot(steps, [record.metrics["loss"] for record in rounds], "k--", label=rounds[0].judges)
     loss.set(xlabel="round", title="loss (nats)", xticks=steps)
     loss.legend()
     return figure

@@ -71,7 +71,8 @@ class ServedEdge:
         store, keys, seconds = session.store, session.keys, session.config.remote.lease_seconds
         own_key = keys.edge_lease(session.edge_id)
         self.session, self._owner, self._retried = session, owner, retried
-        self._open_round = self._closed_round = self._answered_round = 0
+        self._open_round = self._closed_round = self._answered_round = self._judged_round = 0
+        self.judges = False  # whether the round that was taken up last is to be judged, not trained
         self._stop_reason: str | None = None
         self._complete = False
         self._coordinator = LeaseWatch(store, keys.coordinator_lease, seconds)
@@ -103,17 +104,37 @@ class ServedEdge:
         self._await(lambda: self.session.is_planned() or self._complete or None)
 
     def next_round(self) -> int | None:
-        """Wait for an open round without this edge's answer; None when no round is left."""
+        """Wait for an open round without this edge's answer, or its judgement; None when no round is left."""
         return self._await(self._unanswered_round) or None
 
+    def _has_to_judge(self, round_index: int) -> bool:
+        """Whether what this round starts from waits for this edge's judgement."""
+        store, keys, edge_id = self.session.store, self.session.keys, self.session.edge_id
+        if not self.session.config.edges_judge or not round_index or round_index == self._judged_round:
+            return False
+        answers = (
+            keys.evaluation(round_index, edge_id),
+            keys.evaluation_failure(round_index, edge_id),
+            keys.judged(round_index),
+        )
+        if not any(map(store.exists, answers)):
+            return True
+        # A resumed coordinator removes failures, and the edge judges then; every other answer stays.
+        if not store.exists(answers[1]):
+            self._judged_round = round_index
+        return False
+
     def _unanswered_round(self) -> int | None:
-        """The open round to train now: 0 when no round is left, None when there is none yet."""
+        """The round to judge or train now: 0 when no round is left, None when there is none yet."""
         store, keys, index = self.session.store, self.session.keys, self._open_round
         while index <= self.session.config.rounds and store.exists(keys.global_record(index + 1)):
             index += 1
-        if self._complete or index > self.session.config.rounds:
+        self.judges = not self._complete and self._has_to_judge(index)  # what the last round led to as well
+        if self._complete or (index > self.session.config.rounds and not self.judges):
             return 0
         self._open_round = index
+        if self.judges:
+            return index
         if index in (0, self._answered_round) or not self.session.is_ready(index):
             return None
         edge_id = self.session.edge_id

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fedpipe_core.config import TrackingSpec
 from fedpipe_core.errors import IntegrityError
+from fedpipe_core.evaluation_schemas import EdgeEvaluation
 from fedpipe_core.predictions import Answers
 from fedpipe_core.token_predictions import read_answers
 from tasks.mlflow_client import SQLITE, connect, speaking_to
@@ -27,6 +28,7 @@ Metrics = Mapping[str, float]
 RUN_TAG = "fedpipe.run"
 STORE_TAG = "fedpipe.store"
 EDGE_TAG = "fedpipe.edge"
+_EVALUATIONS = "predictions/edges.json"
 _PARAMS_PER_CALL = 100  # MLflow's limits of one batch
 _METRICS_PER_CALL = 1000
 
@@ -177,6 +179,30 @@ def load_predictions(uri: str, run_id: str, evaluation_sha256: str) -> Answers |
             "evaluate the model again"
         )
     return predictions
+
+
+def save_evaluations(run: TrackedRun, evaluations: Mapping[str, EdgeEvaluation]) -> None:
+    """Keep what the edges found the released model worth."""
+    log_json(run, {edge_id: found.model_dump(mode="json") for edge_id, found in evaluations.items()}, _EVALUATIONS)
+
+
+def load_evaluations(uri: str, run_id: str) -> dict[str, EdgeEvaluation]:
+    """What the edges found a run's model worth; nothing where that was not kept.
+
+    Raises IntegrityError when what was kept cannot be read.
+    """
+    with speaking_to(uri), TemporaryDirectory() as folder:
+        client = connect(uri)
+        if _EVALUATIONS not in {kept.path for kept in client.list_artifacts(run_id, str(Path(_EVALUATIONS).parent))}:
+            return {}
+        text = Path(client.download_artifacts(run_id, _EVALUATIONS, folder)).read_text(encoding="utf-8")
+    try:
+        return {edge_id: EdgeEvaluation.model_validate(found) for edge_id, found in json.loads(text).items()}
+    except (ValueError, AttributeError) as error:
+        raise IntegrityError(
+            f"{_EVALUATIONS} of MLflow run {run_id} cannot be read ({' '.join(str(error).split())[:200]}); remove it, "
+            "and the next release is compared with nothing"
+        ) from None
 
 
 def _experiment_id(uri: str, experiment: str) -> str:

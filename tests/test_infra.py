@@ -20,7 +20,8 @@ KEYS = RunKeys("run-1")
 def of_edge(edge_id: str) -> set[str]:
     """Every key an edge writes."""
     keys = {KEYS.profile(edge_id), f"{KEYS.profiles}/{edge_id}.link", KEYS.edge_lease(edge_id)}
-    return keys | {KEYS.update_record(3, edge_id), KEYS.update_data(3, edge_id), KEYS.failure(3, edge_id)}
+    judged = {KEYS.evaluation(3, edge_id), KEYS.evaluation_failure(3, edge_id)}
+    return keys | judged | {KEYS.update_record(3, edge_id), KEYS.update_data(3, edge_id), KEYS.failure(3, edge_id)}
 
 
 READ = {
@@ -29,6 +30,7 @@ READ = {
     KEYS.joined_plan(2),
     KEYS.global_record(3),
     KEYS.global_data(3),
+    KEYS.judged(3),
     KEYS.coordinator_lease,
 }
 

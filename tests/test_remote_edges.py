@@ -109,6 +109,26 @@ def test_edges_on_machines_of_their_own_end_in_the_same_bytes(
         assert task_names(remote_environment, f"{edge_id} serves whole") == expected
 
 
+def test_edges_on_machines_of_their_own_judge_where_the_coordinator_has_no_rows(
+    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite], undisturbed: dict[str, Any]
+) -> None:
+    without = [f"--set={change}" for change in ('data.test=""', "data.label_name_column=null")]
+    store, last = federation / "out/store/judged", f"rounds/{ROUNDS + 1:04d}"
+    with running(remote_environment, federation, *run_arguments(federation, "judged", *without)) as process:
+        wait_until(store / last / "global.json", process)
+        process.kill()
+    seen = records(store)
+    outcome = finish(remote_environment, federation, "judged", "--resume", *without)
+    logs = "\n".join(site.log.read_text()[-3000:] for site in sites.values())
+    assert outcome.exit_code == 0, outcome.stderr + logs
+    assert outcome.document["adapter_sha256"] == undisturbed["adapter_sha256"]
+    assert all(set(entry["evaluations"]) == set(EDGES) for entry in outcome.document["rounds"])
+    assert outcome.document["metrics"]["loss"] < outcome.document["baseline_metrics"]["loss"]
+    now = records(store)
+    assert {key: now[key] for key in seen} == seen
+    assert json.loads((store / last / "evaluations/east.json").read_bytes())["signature"]["place"].endswith("east.json")
+
+
 def test_killed_coordinator_finds_its_edges_again_and_repeats_nothing(
     remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite], undisturbed: dict[str, Any]
 ) -> None:

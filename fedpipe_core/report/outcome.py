@@ -42,10 +42,11 @@ def exports_section(facts: ReportFacts) -> str:
         "verdict",
     )
     rows = [_export_row(export, names) for export in facts.release.exports]
+    how = "judged on the held-out set" if names else "asked for answers to made-up rows, for want of others,"
     return section(
         "Exports",
-        "Each was reloaded in a fresh process and judged on the held-out set beside the unquantized merged model; "
-        "latency is per example, relative to the base model's, timed in turns.",
+        f"Each was reloaded in a fresh process and {how} beside the unquantized merged model; latency is per example, "
+        "relative to the base model's, timed in turns.",
         f'<div class="card">{table(head, rows, numbers=range(1, len(head) - 2))}</div>',
     )
 
@@ -85,7 +86,7 @@ def gate_section(facts: ReportFacts) -> str:
     body = table(head, rows, numbers=(1, 2)) if rows else reasons
     return section(
         "Gate",
-        "Challenger against champion on the same held-out examples; a version becomes champion when no check fails. "
+        "Challenger against champion on the same rows; a version becomes champion when no check fails. "
         "The limit on an export's loss decides on that export alone.",
         f'<div class="card">{body}</div>',
     )

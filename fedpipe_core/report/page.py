@@ -96,16 +96,17 @@ def _learning(facts: ReportFacts) -> str:
         for edge_id in facts.edges
     ]
     losses = _held_out(facts, [_LOSS]) + [line for line in trained if line.points]
+    judges = facts.rounds[-1].judges if facts.rounds else "held-out set"
     held_out = [(words(name), ("main", "second")[min(i, 1)]) for i, name in enumerate(names)]
     of_edges = [(edge_id, edge_colour(facts, edge_id)) for edge_id in facts.edges] if _distinct(facts) else []
     return section(
         "Learning",
-        "Thick lines are the global model on the held-out set, from before training on; thin lines are the edges: at "
-        "the left the model they received on their own validation rows, at the right their loss while training.",
+        f"Thick lines are the global model on the {judges}, from before training on; thin lines are the edges: at the "
+        "left the global model on their own validation rows, at the right their loss while training.",
         cards(
             [
                 card("Quality", curves(quality, "Metrics by round", ".4f"), legend(held_out + of_edges)),
-                card("Loss (nats)", curves(losses, "Loss by round", ".4f"), legend([("held out", "main"), *of_edges])),
+                card("Loss (nats)", curves(losses, "Loss by round", ".4f"), legend([(judges, "main"), *of_edges])),
             ]
         ),
     )
@@ -115,7 +116,7 @@ def _held_out(facts: ReportFacts, names: list[str]) -> list[Series]:
     begin = {0: facts.baseline} | {entry.round: entry.metrics for entry in facts.rounds}
     return [
         Series(
-            f"{words(name)}, held out",
+            f"{words(name)}, {facts.rounds[-1].judges if facts.rounds else 'held-out set'}",
             ("main", "second")[min(index, 1)],
             [(number, values[name]) for number, values in begin.items() if name in values],
             strong=True,
@@ -125,21 +126,24 @@ def _held_out(facts: ReportFacts, names: list[str]) -> list[Series]:
 
 
 def _validated(facts: ReportFacts, names: list[str]) -> list[Series]:
-    """An edge judges what a round starts from, which is what the round before led to."""
+    """An edge judges what a round starts from, which is what the round before led to; or else the end as well."""
     found = [
         Series(
             f"{edge_id}, {words(name)} on its validation rows",
             edge_colour(facts, edge_id),
-            [
-                (entry.round - 1, entry.edge_metrics[edge_id][name])
-                for entry in facts.rounds
-                if name in entry.edge_metrics.get(edge_id, {})
-            ],
+            sorted(_found_at_edge(facts, edge_id, name).items()),
         )
         for name in names
         for edge_id in facts.edges
     ]
     return [line for line in found if line.points]
+
+
+def _found_at_edge(facts: ReportFacts, edge_id: str, name: str) -> dict[float, float]:
+    """A metric on an edge's rows by the round that led to it, 0 being before training."""
+    received = {entry.round - 1.0: entry.edge_metrics.get(edge_id, {}) for entry in facts.rounds}
+    judged = {float(e.round): e.evaluations[edge_id].metrics for e in facts.rounds if edge_id in e.evaluations}
+    return {number: found[name] for number, found in (received | judged).items() if name in found}
 
 
 def _points(facts: ReportFacts, field: str, edge_id: str) -> list[tuple[float, float]]:

@@ -52,6 +52,8 @@ locals {
       "${local.root}/*/rounds/*/updates/${edge}.json",
       "${local.root}/*/rounds/*/updates/${edge}.safetensors",
       "${local.root}/*/rounds/*/failures/${edge}.json",
+      "${local.root}/*/rounds/*/evaluations/${edge}.json",
+      "${local.root}/*/rounds/*/evaluation_failures/${edge}.json",
       "${local.root}/*/leases/edges/${edge}.json",
     ]
   }
@@ -61,6 +63,7 @@ locals {
     "${local.root}/*/plans/*.json",
     "${local.root}/*/rounds/*/global.json",
     "${local.root}/*/rounds/*/global.safetensors",
+    "${local.root}/*/rounds/*/judged.json",
     "${local.root}/*/leases/coordinator.json",
   ]
 }

@@ -41,6 +41,7 @@ def test_smallest_config_is_accepted() -> None:
         ({"release": {"exports": ["adapter"]}}, "release: exports lacks `merged`, the form that is registered"),
         ({"model": {}}, "model.base: is required"),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate"),
+        ({"evaluation": {"at": "clinics"}}, "evaluation.at: Input should be 'coordinator', 'edges' or 'both'"),
     ],
 )
 def test_fault_is_told_with_its_place(changes: dict[str, Any], words: str) -> None:
@@ -160,3 +161,47 @@ def test_rows_of_remote_edges_are_not_in_the_config_and_those_of_local_ones_are(
         parse_config(document(edges=[remote, local], data=data, signing={"mode": "off"}))
     with pytest.raises(ConfigError, match="edge 'west' names work_queue 'q' but no work_pool"):
         parse_config(document(edges=[local | {"work_queue": "q"}]))
+
+
+@pytest.mark.parametrize(
+    ("at", "test", "coordinator", "edges"),
+    [
+        (None, "test.csv", True, False),
+        ("coordinator", "test.csv", True, False),
+        ("both", "test.csv", True, True),
+        (None, None, False, True),
+        ("edges", None, False, True),
+    ],
+)
+def test_who_judges_follows_from_the_key_or_else_from_the_test_file(
+    at: str | None, test: str | None, coordinator: bool, edges: bool
+) -> None:
+    data = {"train": "{edge_id}.csv", "labels": 3} | ({"test": test} if test else {})
+    config = parse_config(document(data=data, evaluation={"at": at}))
+    assert (config.coordinator_judges, config.edges_judge) == (coordinator, edges)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "data", "more", "words"),
+    [
+        ("coordinator", {}, {}, "evaluation.at is coordinator, but data.test, .* is missing; name the file, or say"),
+        ("both", {}, {}, "evaluation.at is both, but data.test, .* is missing"),
+        ("edges", {"test": "t.csv"}, {}, "evaluation.at is edges, but data.test names rows at the coordinator"),
+        (None, {"validation_fraction": 0}, {}, "validation rows, of which data.validation_fraction 0 keeps none"),
+        ("both", {"test": "t.csv", "validation_fraction": 0}, {}, "data.validation_fraction 0 keeps none; raise it"),
+        (None, {"label_name_column": "name"}, {}, "data.label_name_column is a column of data.test, which is missing"),
+        (None, {}, {"release": {"slice_column": "ward"}}, "release.slice_column is a column of data.test"),
+    ],
+)
+def test_judges_without_rows_are_told_in_one_sentence(
+    evaluation: str | None, data: dict[str, Any], more: dict[str, Any], words: str
+) -> None:
+    rows = {"train": "{edge_id}.csv", "labels": 3, **data}
+    with pytest.raises(ConfigError, match=words) as caught:
+        parse_config(document(data=rows, evaluation={"at": evaluation}, **more))
+    assert str(caught.value).startswith("config has 1 fault ")
+
+
+def test_a_file_of_rows_to_judge_on_takes_the_place_of_a_share() -> None:
+    data = {"train": "{edge_id}.csv", "validation": "{edge_id}-kept.csv", "labels": 3, "validation_fraction": 0}
+    assert parse_config(document(data=data)).edges_judge

@@ -63,7 +63,7 @@ def test_dialogues_are_split_and_named_like_texts(tmp_path):
     rows = [{"prompt": f"{number}", "completion": "answer"} for number in range(40)]
     forward = load_examples(write(tmp_path / "a.jsonl", rows), SPEC)
     backward = load_examples(write(tmp_path / "b.jsonl", rows[::-1]), SPEC)
-    assert fingerprint(forward, "salt") == fingerprint(backward, "salt")
+    assert fingerprint([forward], "salt") == fingerprint([backward], "salt")
     training, validation = split_validation(forward, 0.25, seed=1)
     assert (len(training), len(validation)) == (30, 10)
     assert set(validation.turns) == set(split_validation(backward, 0.25, seed=1)[1].turns)

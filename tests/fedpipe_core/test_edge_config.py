@@ -76,3 +76,12 @@ def test_code_of_the_base_runs_only_where_the_edge_trusts_it(tmp_path: Path, fed
     with pytest.raises(ConfigError, match=r"east: .* would run Python code of .* here; set trust_remote_code"):
         config_at_edge(wanted, load_edge_config(written(tmp_path)))
     assert config_at_edge(wanted, load_edge_config(written(tmp_path, trust_remote_code=True)))
+
+
+def test_rows_to_judge_on_are_the_edges_own_file_or_a_share_of_its_rows(
+    tmp_path: Path, federation: FederationConfig
+) -> None:
+    named = federation.model_copy(update={"data": federation.data.model_copy(update={"validation": "/central.csv"})})
+    own = load_edge_config(written(tmp_path, data={"train": "rows.jsonl", "validation": "kept.jsonl"}))
+    assert config_at_edge(named, own).data.validation == str(tmp_path / "kept.jsonl")
+    assert config_at_edge(named, load_edge_config(written(tmp_path))).data.validation == ""

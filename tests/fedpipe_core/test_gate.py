@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedpipe_core.config import ReleaseSpec
 from fedpipe_core.errors import ReleaseError
-from fedpipe_core.gate import conclude, decide, loss_check
+from fedpipe_core.gate import agreement_check, conclude, decide, loss_check
 from fedpipe_core.predictions import Predictions
 
 EXAMPLES = 400
@@ -128,3 +128,16 @@ def test_of_two_versions_at_most_one_beats_the_other(first: int, second: int) ->
     verdicts = [decide(left, right, ReleaseSpec()).promoted, decide(right, left, ReleaseSpec()).promoted]
     assert sum(verdicts) <= 1
     assert first != second or not any(verdicts)
+
+
+@pytest.mark.parametrize(
+    ("agreement", "registered", "passed"), [(1.0, True, True), (0.5, True, False), (0.5, False, True)]
+)
+def test_export_without_rows_is_told_by_its_answers_and_the_registered_one_must_agree(
+    agreement: float, registered: bool, passed: bool
+) -> None:
+    check = agreement_check("merged", agreement, registered)
+    assert check.passed == passed
+    assert f"export merged answers {agreement:.2%} of made-up rows" in check.reason
+    assert ("needed 90%" in check.reason) != passed
+    assert "its loss was not measured: the coordinator has no rows" in check.reason

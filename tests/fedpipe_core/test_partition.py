@@ -14,7 +14,7 @@ from fedpipe_core.config import EdgeSpec, FederationConfig, PartitionSpec
 from fedpipe_core.config_file import parse_config
 from fedpipe_core.data import Examples
 from fedpipe_core.errors import ConfigError, DataError
-from fedpipe_core.partition import Partition, deal_examples, load_edge_examples, load_partition
+from fedpipe_core.partition import Partition, deal_examples, load_edge_examples, load_partition, load_split_examples
 
 IID = PartitionSpec(by="iid")
 BY_DOMAIN = PartitionSpec(by="column", column="domain")
@@ -163,6 +163,19 @@ def test_load_edge_examples_reads_the_edges_own_file_without_a_partition(tmp_pat
         Examples(["from a"], [0]),
         Examples(["from b"], [2]),
     ]
+
+
+def test_rows_to_judge_on_are_a_share_or_all_of_a_file_of_their_own_whose_bad_rows_are_named(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": f"t{i}", "label": 0} for i in range(20)])
+    config = config_for(tmp_path / "{edge_id}.jsonl")
+    assert [len(part) for part in load_split_examples(config, config.edges[0])] == [18, 2]
+    kept = write_jsonl(tmp_path / "a-kept.jsonl", [{"text": "kept", "label": 1}, {"text": "kept", "label": 99}])
+    named = config.data.model_copy(update={"validation": str(tmp_path / "{edge_id}-kept.jsonl")})
+    with pytest.raises(DataError, match=r"a-kept.jsonl has 1 unusable row: line 2"):
+        load_split_examples(config.model_copy(update={"data": named}), config.edges[0])
+    write_jsonl(kept, [{"text": "kept", "label": 1}])
+    training, judged = load_split_examples(config.model_copy(update={"data": named}), config.edges[0])
+    assert (len(training), judged) == (20, Examples(["kept"], [1]))
 
 
 def test_load_edge_examples_takes_the_edges_shard_by_a_columns_values(tmp_path):

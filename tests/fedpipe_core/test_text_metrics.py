@@ -42,13 +42,14 @@ def test_bleu_of_any_corpus_is_sacrebleu_s(corpus):
     assert score("bleu", texts, references) == pytest.approx(BLEU().corpus_score(texts, streams(references)).score)
 
 
-def test_rouge_takes_the_best_reference():
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+@pytest.mark.parametrize("metric", ["rouge1", "rouge2", "rougeL"])
+def test_rouge_takes_the_best_reference(metric):
+    scorer = RougeScorer([metric], use_stemmer=True)
     expected = [
-        max(scorer.score(right, text)["rougeL"].fmeasure for right in answers)
+        max(scorer.score(right, text)[metric].fmeasure for right in answers)
         for text, answers in zip(TEXTS, REFERENCES, strict=True)
     ]
-    assert score("rougeL", TEXTS, REFERENCES) == pytest.approx(np.mean(expected))
+    assert score(metric, TEXTS, REFERENCES) == pytest.approx(np.mean(expected))
 
 
 def test_exact_match_compares_whole_texts_without_a_pattern():

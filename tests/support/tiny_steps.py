@@ -8,6 +8,7 @@ from fedpipe_core.schemas import FederationPlan
 from tasks import edge, federation, reports
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator
+from tasks.judging import Worth
 from tasks.records import RunKeys, put_record
 from tasks.storage import open_store
 
@@ -50,5 +51,5 @@ def finish_rounds(
             coordinator.store.put(key, claimed.model_dump_json().encode())
         made = federation.aggregate_round.fn(coordinator, plan, index)
         metrics = metrics_of(federation.evaluate.fn(coordinator, index + 1, whole=True))
-        record = reports.round_record(coordinator, plan, made, metrics, 1.0)
+        record = reports.round_record(coordinator, plan, made, Worth(metrics), 1.0)
         put_record(coordinator.store, coordinator.keys.round_record(index), record)

@@ -11,6 +11,7 @@ from fedpipe_core.schemas import FederationPlan
 from tasks import edge, federation, reports
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator
+from tasks.judging import Worth
 from tasks.manifest import run_manifest
 from tasks.plans import plan_at, plan_round
 from tasks.records import put_record
@@ -46,7 +47,7 @@ def close(coordinator: Coordinator, sessions: dict[str, EdgeSession], plan: Fede
     for edge_id in plan.edges:
         edge.train_round.fn(sessions[edge_id], index)
     made = federation.aggregate_round.fn(coordinator, plan, index)
-    record = reports.round_record(coordinator, plan, made, {"loss": 1.0}, 1.0)
+    record = reports.round_record(coordinator, plan, made, Worth({"loss": 1.0}), 1.0)
     put_record(coordinator.store, coordinator.keys.round_record(index), record)
     return sorted(made.counted)
 

@@ -9,6 +9,7 @@ from fedpipe_core.schemas import (
 from tasks import edge, federation, reports, tracking
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator
+from tasks.judging import Worth
 from tasks.tracking import TrackedRun
 
 METRICS = {"accuracy": 0.51239, "macro_f1": 0.4, "loss": 1.25}
@@ -83,7 +84,7 @@ def test_round_record_adds_up_what_the_updates_say(
     for edge_id in ("east", "north"):
         edge.train_round.fn(sessions[edge_id], 1)
     made = federation.aggregate_round.fn(coordinator, plan, 1)
-    record = reports.round_record(coordinator, plan, made, METRICS, seconds=1.5)
+    record = reports.round_record(coordinator, plan, made, Worth(METRICS), seconds=1.5)
     updates = federation.round_updates(coordinator, 1)
     assert record.participants == ["east", "north"]
     assert record.dropped == {"west": "no answer"}
@@ -115,7 +116,7 @@ def test_both_pictures_are_kept_with_the_run(monkeypatch: pytest.MonkeyPatch) ->
     assert set(kept) == {"plots/rounds.png", "plots/ranks.png"}
     quality, loss = kept["plots/rounds.png"].axes
     assert [line.get_label() for line in quality.lines] == ["accuracy", "macro_f1"]
-    assert [line.get_label() for line in loss.lines] == ["east", "west", "held out"]
+    assert [line.get_label() for line in loss.lines] == ["east", "west", "held-out set"]
     assert [text.get_text() for text in kept["plots/ranks.png"].axes[0].texts] == ["8", "", "", "2"]
 
 
@@ -127,7 +128,7 @@ def test_pictures_of_many_edges_show_their_spread_and_the_first_ones_ranks(monke
     plan = plan_of(**{edge_id: {"a": 8} for edge_id in losses})
     reports.log_plots(TrackedRun("uri", "experiment", "run"), plan, rounds)
     loss, ranks = kept["plots/rounds.png"].axes[1], kept["plots/ranks.png"].axes[0]
-    assert [line.get_label() for line in loss.lines] == ["median of 1001 edges", "held out"]
+    assert [line.get_label() for line in loss.lines] == ["median of 1001 edges", "held-out set"]
     assert loss.lines[0].get_ydata() == [500.0]
     assert ranks.get_title() == "rank of every module, first 40 of 1001 edges"
     assert len(ranks.texts) == 40

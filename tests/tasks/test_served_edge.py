@@ -14,7 +14,7 @@ from fedpipe_core.config import FederationConfig
 from fedpipe_core.edge_config import load_edge_config
 from fedpipe_core.errors import ConfigError, ModelError, UpdateRefusedError
 from fedpipe_core.schemas import EdgeProfile, FailureRecord, FederationPlan, FederationRecord, LeaseRecord
-from tasks import edge, federation
+from tasks import edge, edge_judging, federation
 from tasks.edge import EdgeSession, StoppedError
 from tasks.federation import Coordinator
 from tasks.leases import Heartbeat
@@ -83,6 +83,37 @@ def test_edge_serves_every_round_and_ends(
         assert served.next_round() is None
     assert set(federation.round_updates(coordinator, 2)) == {"east", "north", "west"}
     assert lease_of(sessions["east"]).ended == "done"
+
+
+def test_edge_judges_before_it_trains_and_once_more_after_the_last_round(
+    coordinator: Coordinator, sessions: dict[str, EdgeSession], plan: FederationPlan, alive: Heartbeat
+) -> None:
+    asked = coordinator.config.evaluation.model_copy(update={"at": "both"})
+    east = sessions["east"]
+    east.config = coordinator.config.model_copy(update={"evaluation": asked})
+    turns = []
+    with serving(east) as served:
+        while index := served.next_round():
+            turns.append((index, served.judges))
+            if served.judges:
+                edge_judging.judge.fn(east, index)
+            else:
+                edge.train_round.fn(east, index)
+                close_round(coordinator, sessions, plan, index)
+    assert turns == [(1, True), (1, False), (2, True), (2, False), (3, True)]
+    assert not coordinator.store.exists(coordinator.keys.update_record(3, "east"))
+
+
+def test_edge_trains_at_once_where_the_judging_was_closed_without_it(
+    coordinator: Coordinator, sessions: dict[str, EdgeSession], plan: FederationPlan, alive: Heartbeat
+) -> None:
+    asked = coordinator.config.evaluation.model_copy(update={"at": "both"})
+    east = sessions["east"]
+    east.config = coordinator.config.model_copy(update={"evaluation": asked})
+    coordinator.store.put(coordinator.keys.judged(1), b"{}")
+    with serving(east) as served:
+        assert served.next_round() == 1
+        assert not served.judges
 
 
 def test_edge_that_comes_late_takes_up_the_newest_round(

@@ -6,6 +6,7 @@ from fedpipe_core.schemas import FederationPlan
 from tasks import edge, federation, reports
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator
+from tasks.judging import Worth
 from tasks.records import put_record
 from tasks.status import describe_run, list_runs
 
@@ -22,7 +23,7 @@ def test_status_follows_a_run_from_its_records(
         edge.train_round.fn(sessions[edge_id], 1)
     assert describe_run(root, "run")["open_round_updates"] == sorted(EDGES)
     made = federation.aggregate_round.fn(coordinator, plan, 1)
-    record = reports.round_record(coordinator, plan, made, {"accuracy": 0.5}, 1.0)
+    record = reports.round_record(coordinator, plan, made, Worth({"accuracy": 0.5}), 1.0)
     put_record(coordinator.store, coordinator.keys.round_record(1), record)
     closed = describe_run(root, "run")
     assert (closed["rounds_closed"], closed["open_round_updates"]) == (1, [])

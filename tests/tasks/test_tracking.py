@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from fedpipe_core.config import TrackingSpec
 from fedpipe_core.errors import IntegrityError
+from fedpipe_core.evaluation_schemas import EdgeEvaluation
 from fedpipe_core.predictions import Predictions
 from tasks import tracking
 from tasks.mlflow_client import connect
@@ -160,3 +161,13 @@ def test_predictions_under_a_wrong_hash_are_refused(run: TrackedRun) -> None:
     tracking.log_text(run, predictions("a" * 64).to_json(), f"predictions/{'b' * 64}.json")
     with pytest.raises(IntegrityError, match="evaluate the model again"):
         tracking.load_predictions(run.uri, run.run_id, "b" * 64)
+
+
+def test_what_edges_found_is_kept_with_the_run(run: TrackedRun) -> None:
+    found = EdgeEvaluation(rows=3, rows_sha256="a" * 64, metrics={"loss": 0.1 + 0.2}, counted={"loss": 3})
+    assert tracking.load_evaluations(run.uri, run.run_id) == {}
+    tracking.save_evaluations(run, {"east": found})
+    assert tracking.load_evaluations(run.uri, run.run_id) == {"east": found}
+    tracking.log_text(run, '{"east": {"rows": 0}}', "predictions/edges.json")
+    with pytest.raises(IntegrityError, match=r"predictions/edges.json of MLflow run .* cannot be read"):
+        tracking.load_evaluations(run.uri, run.run_id)
