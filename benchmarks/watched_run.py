@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe_core.config_file import load_config
-from fedpipe_core.schemas import RunResult
+from fedpipe_core.result_schemas import RunResult
 from flows.all_edges import edge_sessions
 from flows.federation import federated_finetune
 from tasks import edge, progress

@@ -10,8 +10,10 @@ from prefect.artifacts import create_table_artifact
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import PlanError, TrackingError
+from fedpipe_core.plan_schemas import FederationPlan, SavedPlan
 from fedpipe_core.report import render_page
-from fedpipe_core.schemas import FederationPlan, RoundRecord, RunResult, SavedPlan
+from fedpipe_core.result_schemas import RunResult
+from fedpipe_core.schemas import RoundRecord
 from flows.all_edges import Edges, edge_sessions, on_all_edges
 from flows.deployed import require_lasting_places
 from flows.evaluation import judge_adapter

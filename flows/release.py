@@ -11,7 +11,8 @@ from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ConfigError, ReleaseError, TrackingError
 from fedpipe_core.export_choice import choose_exports
 from fedpipe_core.methods import METHODS
-from fedpipe_core.schemas import ExportRecord, FederationRecord, ReleaseReport, RoundRecord
+from fedpipe_core.result_schemas import ExportRecord, ReleaseReport
+from fedpipe_core.schemas import FederationRecord, RoundRecord
 from flows.deployed import require_lasting_store
 from tasks import exports, progress, release, reports, tracking
 from tasks.federation import Coordinator, read_profiles

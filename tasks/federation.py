@@ -25,17 +25,11 @@ from fedpipe_core.evaluation import WritingTask, predict, writing_task
 from fedpipe_core.forms import FORMS, FormFunctions
 from fedpipe_core.methods import METHODS, method_shape
 from fedpipe_core.model import Base, model_shape
+from fedpipe_core.plan_schemas import FederationPlan, SavedPlan
 from fedpipe_core.planning import plan_federation
 from fedpipe_core.predictions import Answers
-from fedpipe_core.schemas import (
-    EdgeProfile,
-    FederationPlan,
-    FederationRecord,
-    GlobalRecord,
-    ModelShape,
-    SavedPlan,
-    UpdateRecord,
-)
+from fedpipe_core.profile_schemas import EdgeProfile, ModelShape
+from fedpipe_core.schemas import FederationRecord, GlobalRecord, UpdateRecord
 from fedpipe_core.seeding import drawn
 from fedpipe_core.signatures import SigningKey
 from fedpipe_core.tokenizing import TokenizedExamples, tokenize

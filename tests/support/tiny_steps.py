@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.evaluation import metrics_of
-from fedpipe_core.schemas import FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
 from tasks import edge, federation, reports
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator

@@ -1,6 +1,6 @@
 import pytest
 
-from fedpipe_core.schemas import FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
 from tasks import aggregation, edge, federation
 from tasks.aggregation import StoredRun, combine_updates, update_record
 from tasks.edge import EdgeSession

@@ -15,7 +15,9 @@ from fedpipe_core.config import FederationConfig
 from fedpipe_core.costs import base_bytes
 from fedpipe_core.errors import IntegrityError
 from fedpipe_core.model import base_shape
-from fedpipe_core.schemas import EdgeProfile, FailureRecord, FederationPlan, UpdateRecord
+from fedpipe_core.plan_schemas import FederationPlan
+from fedpipe_core.profile_schemas import EdgeProfile
+from fedpipe_core.schemas import FailureRecord, UpdateRecord
 from fedpipe_core.tokenizing import TokenizedExamples
 from tasks import edge, federation
 from tasks.edge import (

@@ -11,7 +11,8 @@ from fedpipe_core.config import FederationConfig
 from fedpipe_core.config_file import load_config
 from fedpipe_core.errors import QuorumError
 from fedpipe_core.evaluation_schemas import EvaluationRecord
-from fedpipe_core.schemas import FailureRecord, FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
+from fedpipe_core.schemas import FailureRecord
 from tasks import edge_judging, judging
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator

@@ -7,7 +7,7 @@ from tiny_steps import coordinator_at, sessions_of
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ObjectMissingError
-from fedpipe_core.schemas import FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
 from tasks import edge, federation, reports
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator

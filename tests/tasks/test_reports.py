@@ -1,11 +1,7 @@
 import pytest
 
-from fedpipe_core.schemas import (
-    EdgePlan,
-    FederationPlan,
-    PredictedCost,
-    RoundRecord,
-)
+from fedpipe_core.plan_schemas import EdgePlan, FederationPlan, PredictedCost
+from fedpipe_core.schemas import RoundRecord
 from tasks import edge, federation, reports, tracking
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator

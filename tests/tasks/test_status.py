@@ -2,7 +2,7 @@ import pytest
 from tiny_federation import EDGES
 
 from fedpipe_core.errors import ConfigError
-from fedpipe_core.schemas import FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
 from tasks import edge, federation, reports
 from tasks.edge import EdgeSession
 from tasks.federation import Coordinator
