@@ -34,8 +34,8 @@ from fedpipe_core.schemas import UpdateRecord
 from fedpipe_core.tokenizing import TokenizedExamples
 from fedpipe_core.wire_updates import decode_update, encode_update
 from tasks import edge, federation
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession
-from tasks.federation import Coordinator
 from tasks.records import RunKeys, get_data, get_record, put_data, put_record
 from tasks.storage import open_store
 

@@ -34,9 +34,10 @@ from fedpipe_core.profiling import EdgeData, probe_batch, probe_sizes
 from fedpipe_core.resources import measured_step_cost
 from fedpipe_core.schemas import UpdateRecord
 from tasks import edge, federation
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession, dense_base
 from tasks.edge_models import lent_model
-from tasks.federation import Coordinator, read_profiles
+from tasks.federation import read_profiles
 from tasks.plans import plan_at, plan_round
 from tasks.records import RunKeys
 from tasks.storage import open_store

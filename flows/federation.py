@@ -19,9 +19,9 @@ from flows.deployed import require_lasting_places
 from flows.evaluation import judge_adapter
 from flows.release import release_model, require_releasable, track
 from tasks import edge, federation, mlflow_client, progress, remote_edges, reports, tracking
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession
 from tasks.exports import check_exports
-from tasks.federation import Coordinator
 from tasks.plans import plan_at, plan_round
 from tasks.records import RunKeys, get_record, put_record
 from tasks.report import read_facts

@@ -19,8 +19,8 @@ from fedpipe_core.trials import foreseen_rounds
 from flows.all_edges import Edges, edge_sessions
 from flows.federation import profile_edges
 from tasks import federation, remote_edges, reports
+from tasks.coordinator import Coordinator
 from tasks.exports import check_exports
-from tasks.federation import Coordinator
 from tasks.records import RunKeys
 from tasks.storage import open_store
 

@@ -15,7 +15,8 @@ from fedpipe_core.result_schemas import ExportRecord, ReleaseReport
 from fedpipe_core.schemas import FederationRecord, RoundRecord
 from flows.deployed import require_lasting_store
 from tasks import exports, progress, release, reports, tracking
-from tasks.federation import Coordinator, read_profiles
+from tasks.coordinator import Coordinator
+from tasks.federation import read_profiles
 from tasks.lineage import needed_record, stored_config
 from tasks.records import RunKeys, get_record
 from tasks.status import unreleased_runs

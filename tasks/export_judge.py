@@ -32,7 +32,7 @@ from fedpipe_core.result_schemas import Latency
 from fedpipe_core.seeding import random_generator
 from fedpipe_core.tokenizing import TokenizedExamples
 from fedpipe_core.wire import decode_adapter
-from tasks.federation import Coordinator, batches_at_once
+from tasks.coordinator import Coordinator, batches_at_once
 from tasks.local_store import LocalStore
 from tasks.records import RunKeys
 

@@ -14,7 +14,8 @@ from fedpipe_core.plan_schemas import FederationPlan
 from fedpipe_core.profile_schemas import EdgeProfile
 from fedpipe_core.schemas import BESIDE, FailureRecord, GlobalRecord
 from tasks import progress
-from tasks.federation import Coordinator, evaluate
+from tasks.coordinator import Coordinator
+from tasks.federation import evaluate
 from tasks.records import get_record, put_record, recorded_edges
 
 

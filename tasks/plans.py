@@ -16,7 +16,8 @@ from fedpipe_core.profile_schemas import EdgeProfile, ModelShape
 from fedpipe_core.schemas import GlobalRecord
 from fedpipe_core.trials import plan_trial
 from tasks import progress
-from tasks.federation import Coordinator, read_profiles
+from tasks.coordinator import Coordinator
+from tasks.federation import read_profiles
 from tasks.records import RunKeys, get_record, put_record, recorded_edges
 from tasks.storage import ObjectStore
 

@@ -16,7 +16,7 @@ from fedpipe_core.errors import FedPipeError, QuorumError
 from fedpipe_core.plan_schemas import FederationPlan
 from fedpipe_core.schemas import FailureRecord
 from tasks import progress
-from tasks.federation import Coordinator
+from tasks.coordinator import Coordinator
 from tasks.flow_runs import (
     EdgeJob,
     cancel_flow_run,

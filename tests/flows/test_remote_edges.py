@@ -21,7 +21,8 @@ from fedpipe_core.plan_schemas import FederationPlan
 from fedpipe_core.schemas import FailureRecord
 from flows.edge import serve_edge
 from tasks import edge, remote_edges
-from tasks.federation import Coordinator, aggregate_round, round_updates
+from tasks.coordinator import Coordinator
+from tasks.federation import aggregate_round, round_updates
 from tasks.flow_runs import FLOW, give_up_flow_run
 from tasks.leases import Heartbeat
 from tasks.records import get_record

@@ -20,6 +20,7 @@ from fedpipe_core.profile_schemas import EdgeProfile
 from fedpipe_core.schemas import FailureRecord, UpdateRecord
 from fedpipe_core.tokenizing import TokenizedExamples
 from tasks import edge, federation
+from tasks.coordinator import Coordinator
 from tasks.edge import (
     EdgeSession,
     Machine,
@@ -30,7 +31,6 @@ from tasks.edge import (
     shared_base,
 )
 from tasks.edge_models import lent_model
-from tasks.federation import Coordinator
 from tasks.records import RunKeys, get_data, get_record
 from tasks.storage import open_store
 

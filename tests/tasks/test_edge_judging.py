@@ -17,8 +17,8 @@ from fedpipe_core.plan_schemas import FederationPlan
 from fedpipe_core.schemas import FailureRecord
 from fedpipe_core.tokenizing import TokenizedExamples
 from tasks import edge, edge_judging, federation, judging, plans
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession, read_global
-from tasks.federation import Coordinator
 from tasks.records import get_record
 
 QUICK = {"planning.importance": "uniform", "training.examples_per_round": 16}

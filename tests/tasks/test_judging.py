@@ -14,8 +14,8 @@ from fedpipe_core.evaluation_schemas import EvaluationRecord
 from fedpipe_core.plan_schemas import FederationPlan
 from fedpipe_core.schemas import FailureRecord
 from tasks import edge_judging, judging
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession
-from tasks.federation import Coordinator
 from tasks.judging import Worth
 from tasks.records import get_record, put_record
 

@@ -16,7 +16,7 @@ from fedpipe_core.plan_schemas import FederationPlan
 from fedpipe_core.schemas import GlobalRecord
 from flows.release import require_releasable
 from tasks import edge, federation, plans
-from tasks.federation import Coordinator
+from tasks.coordinator import Coordinator
 from tasks.records import get_record
 from tasks.status import unreleased_runs
 

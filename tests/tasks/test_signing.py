@@ -15,8 +15,8 @@ from fedpipe_core.plan_schemas import FederationPlan
 from fedpipe_core.schemas import GlobalRecord
 from fedpipe_core.signatures import SigningKey, new_key, save_key, sign_record, unsigned
 from tasks import edge, federation
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession, Machine
-from tasks.federation import Coordinator
 from tasks.signing import SIGNING_KEY_VARIABLE
 
 KEYS = {name: new_key() for name in ("coordinator", "east", "north", "west", "stranger")}
