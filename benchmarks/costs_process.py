@@ -28,9 +28,9 @@ from fedpipe_core.costs import CostModel, Work
 from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter
 from fedpipe_core.memory import training_memory_bytes
 from fedpipe_core.model import load_base
+from fedpipe_core.profile_schemas import EdgeProfile, ModelShape
 from fedpipe_core.profiling import COUNTED_EXAMPLES, probe_sizes
 from fedpipe_core.resources import measured_activation_cost, measured_step_cost
-from fedpipe_core.schemas import EdgeProfile, ModelShape
 from fedpipe_core.training import train
 
 LABELS = 150

@@ -28,13 +28,14 @@ from fedpipe_core.config import EdgeSpec, FederationConfig
 from fedpipe_core.config_file import load_config
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.low_rank import LowRank, truncate
+from fedpipe_core.plan_schemas import EdgePlan, FederationPlan, PredictedCost, SavedPlan
 from fedpipe_core.profiling import EdgeData
-from fedpipe_core.schemas import EdgePlan, FederationPlan, PredictedCost, SavedPlan, UpdateRecord
+from fedpipe_core.schemas import UpdateRecord
 from fedpipe_core.tokenizing import TokenizedExamples
 from fedpipe_core.wire_updates import decode_update, encode_update
 from tasks import edge, federation
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession
-from tasks.federation import Coordinator
 from tasks.records import RunKeys, get_data, get_record, put_data, put_record
 from tasks.storage import open_store
 

@@ -18,7 +18,7 @@ from fedpipe_core.costs import predict
 from fedpipe_core.planning import PreparedEdge, plan_federation, prepare_edges, round_terms
 from fedpipe_core.planning_greedy import solve_greedily
 from fedpipe_core.planning_solver import refine
-from fedpipe_core.schemas import ActivationCost, EdgeProfile, ModelShape, ModuleShape, StepCost
+from fedpipe_core.profile_schemas import ActivationCost, EdgeProfile, ModelShape, ModuleShape, StepCost
 
 GIB = 2**30
 MOST_SECONDS = 30.0

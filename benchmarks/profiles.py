@@ -1,6 +1,6 @@
 """An edge's profile of what a benchmark measured, where memory, link, rows and importance do not matter."""
 
-from fedpipe_core.schemas import ActivationCost, EdgeProfile, StepCost
+from fedpipe_core.profile_schemas import ActivationCost, EdgeProfile, StepCost
 
 
 def measured_profile(

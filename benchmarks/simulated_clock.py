@@ -27,14 +27,17 @@ from fedpipe_core.batches import TokenizedExamples
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.methods import method_shape
+from fedpipe_core.plan_schemas import FederationPlan, SavedPlan
 from fedpipe_core.planning import plan_federation
+from fedpipe_core.profile_schemas import EdgeProfile, StepCost
 from fedpipe_core.profiling import EdgeData, probe_batch, probe_sizes
 from fedpipe_core.resources import measured_step_cost
-from fedpipe_core.schemas import EdgeProfile, FederationPlan, SavedPlan, StepCost, UpdateRecord
+from fedpipe_core.schemas import UpdateRecord
 from tasks import edge, federation
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession, dense_base
 from tasks.edge_models import lent_model
-from tasks.federation import Coordinator, read_profiles
+from tasks.federation import read_profiles
 from tasks.plans import plan_at, plan_round
 from tasks.records import RunKeys
 from tasks.storage import open_store

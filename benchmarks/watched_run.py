@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe_core.config_file import load_config
-from fedpipe_core.schemas import RunResult
+from fedpipe_core.result_schemas import RunResult
 from flows.all_edges import edge_sessions
 from flows.federation import federated_finetune
 from tasks import edge, progress
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession
-from tasks.federation import Coordinator
 from tasks.records import RunKeys
 from tasks.storage import open_store
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedpipe_core.low_rank import LowRank, stacked
-from fedpipe_core.schemas import ModuleShape
+from fedpipe_core.profile_schemas import ModuleShape
 
 # A component whose row of A is this much shorter than the longest passes no gradient to B: it is dead.
 DEAD_ROW_SHARE = 1e-3

@@ -3,7 +3,7 @@
 from torch import nn
 
 from fedpipe_core.errors import ModelError
-from fedpipe_core.schemas import ModelShape, ModuleShape
+from fedpipe_core.profile_schemas import ModelShape, ModuleShape
 
 
 def adaptable_modules(model: nn.Module) -> dict[str, ModuleShape]:

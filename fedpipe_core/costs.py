@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from fedpipe_core.schemas import EdgeProfile, ModelShape, ModuleShape, PredictedCost
+from fedpipe_core.plan_schemas import PredictedCost
+from fedpipe_core.profile_schemas import EdgeProfile, ModelShape, ModuleShape
 
 TRAINED_BYTES = 16  # fp32 weight, gradient and AdamW's two moments
 FROZEN_BYTES = 4  # fp32 weight of the frozen tail

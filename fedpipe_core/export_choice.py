@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from fedpipe_core.config import ReleaseSpec
 from fedpipe_core.costs import BASE_BYTES
-from fedpipe_core.schemas import EdgeProfile, ModelShape
+from fedpipe_core.profile_schemas import EdgeProfile, ModelShape
 
 AUTO = "auto"
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}

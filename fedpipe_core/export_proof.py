@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedpipe_core.batches import Batch
 from fedpipe_core.edge_model import move_batch
-from fedpipe_core.schemas import Latency
+from fedpipe_core.result_schemas import Latency
 from fedpipe_core.side_by_side import side_by_side
 
 WARM_UPS = 2

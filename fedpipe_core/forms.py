@@ -26,7 +26,7 @@ from fedpipe_core.low_rank import LowRank
 from fedpipe_core.merging import merge
 from fedpipe_core.methods import BOTTLENECK, Form
 from fedpipe_core.model import head_parameters, linear_size, share
-from fedpipe_core.schemas import ModuleShape
+from fedpipe_core.profile_schemas import ModuleShape
 
 Shapes = Mapping[str, ModuleShape]
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from fedpipe_core.config import FederationConfig
-from fedpipe_core.schemas import ModelShape
+from fedpipe_core.profile_schemas import ModelShape
 
 # Rules that average component by component: the global adapter never gets a larger rank than an edge trains.
 RANK_KEEPING_RULES = ("fedavg", "hetlora", "rankwise", "ffa")

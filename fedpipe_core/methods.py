@@ -12,7 +12,7 @@ from typing import Literal
 from fedpipe_core.config import Bits, FederationConfig
 from fedpipe_core.config_methods import Method
 from fedpipe_core.planning_checks import check_menu
-from fedpipe_core.schemas import ModelShape, ModuleShape
+from fedpipe_core.profile_schemas import ModelShape, ModuleShape
 
 Form = Literal["lora", "whole", "bottleneck"]
 Ranks = dict[str, int]

@@ -31,7 +31,7 @@ from fedpipe_core.architecture import (
 from fedpipe_core.base_folder import base_sha256, resolve_base
 from fedpipe_core.config import ModelSpec
 from fedpipe_core.errors import ModelError
-from fedpipe_core.schemas import ModelShape
+from fedpipe_core.profile_schemas import ModelShape
 from fedpipe_core.startup import import_libraries
 
 __all__ = [

@@ -12,8 +12,11 @@ import yaml
 
 from fedpipe_core.combined_metrics import combined_metrics
 from fedpipe_core.evaluation_schemas import EdgeEvaluation
+from fedpipe_core.plan_schemas import EdgePlan, FederationPlan
 from fedpipe_core.predictions import Interval
-from fedpipe_core.schemas import EdgePlan, EdgeProfile, ExportRecord, FederationPlan, FederationRecord, RoundRecord
+from fedpipe_core.profile_schemas import EdgeProfile
+from fedpipe_core.result_schemas import ExportRecord
+from fedpipe_core.schemas import FederationRecord, RoundRecord
 
 _HASH_CHARACTERS = 16
 _MIB = 2**20

@@ -19,6 +19,7 @@ from fedpipe_core.costs import Work
 from fedpipe_core.errors import UnfitEdgesError
 from fedpipe_core.global_ranks import capped_rank, keeps_ranks, reached_global_ranks
 from fedpipe_core.methods import METHODS
+from fedpipe_core.plan_schemas import EdgePlan, FederationPlan
 from fedpipe_core.planning_binding import binding_limit
 from fedpipe_core.planning_checks import check_menu, check_pin, check_profile
 from fedpipe_core.planning_deadline import choose_deadline, shortest_round
@@ -28,7 +29,7 @@ from fedpipe_core.planning_problem import EdgeProblem, RoundTerms, adaptable_mod
 from fedpipe_core.planning_solver import refine
 from fedpipe_core.planning_uniform import plan_uniformly, unfit_edges
 from fedpipe_core.planning_utility import edge_utilities, net_of_price
-from fedpipe_core.schemas import EdgePlan, EdgeProfile, FederationPlan, ModelShape
+from fedpipe_core.profile_schemas import EdgeProfile, ModelShape
 
 __all__ = ["check_profile", "infeasible_edges", "plan_federation", "prepare_edges", "round_terms"]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from fedpipe_core.config import FederationConfig, PlanPin
 from fedpipe_core.errors import PlanError
-from fedpipe_core.schemas import EdgeProfile, ModelShape
+from fedpipe_core.profile_schemas import EdgeProfile, ModelShape
 
 
 def check_profile(profile: EdgeProfile, shape: ModelShape) -> None:

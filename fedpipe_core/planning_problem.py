@@ -18,7 +18,7 @@ from fedpipe_core.config import FederationConfig, PlanPin
 from fedpipe_core.costs import CostModel, Work
 from fedpipe_core.methods import METHODS
 from fedpipe_core.planning_utility import FloatArray
-from fedpipe_core.schemas import EdgeProfile, ModelShape
+from fedpipe_core.profile_schemas import EdgeProfile, ModelShape
 
 IntArray = NDArray[np.int64]
 # Utility given up for a coarser base, as a share of the whole menu's: its rounding error is never trained away.

@@ -14,10 +14,11 @@ from fedpipe_core.costs import Work
 from fedpipe_core.errors import PlanError, UnfitEdgesError
 from fedpipe_core.global_ranks import reached_global_ranks
 from fedpipe_core.methods import METHODS, Ranks, method_shape
+from fedpipe_core.plan_schemas import EdgePlan, FederationPlan, PredictedCost
 from fedpipe_core.planning_checks import check_profile
 from fedpipe_core.planning_infeasible import explain_seconds
 from fedpipe_core.planning_problem import cost_model
-from fedpipe_core.schemas import EdgePlan, EdgeProfile, FederationPlan, ModelShape, PredictedCost
+from fedpipe_core.profile_schemas import EdgeProfile, ModelShape
 
 GIB = 2**30
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpipe_core.schemas import EdgeProfile
+from fedpipe_core.profile_schemas import EdgeProfile
 
 FloatArray = NDArray[np.float64]
 OWN_SHARE = 0.5  # of an edge's utility comes from its own scores, the rest from the federation's mean

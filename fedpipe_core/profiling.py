@@ -17,13 +17,13 @@ from fedpipe_core.costs import CostModel, Work
 from fedpipe_core.importance import score_modules
 from fedpipe_core.methods import METHODS
 from fedpipe_core.model import Base
+from fedpipe_core.profile_schemas import EdgeProfile, ModelShape, StepCost
 from fedpipe_core.resources import (
     TIMED_RANKS,
     declared_step_cost,
     measured_activation_cost,
     measured_step_cost,
 )
-from fedpipe_core.schemas import EdgeProfile, ModelShape, StepCost
 from fedpipe_core.tokenizing import TokenizedExamples
 
 GIB = 2**30

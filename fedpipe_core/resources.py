@@ -21,7 +21,7 @@ from fedpipe_core.costs import DEQUANTIZED_FORWARD
 from fedpipe_core.edge_model import build_edge_model, load_adapter, move_batch, own_head
 from fedpipe_core.losses import training_loss
 from fedpipe_core.model import adaptable_modules, device_of, head_parameters, share
-from fedpipe_core.schemas import ActivationCost, ModelShape, StepCost
+from fedpipe_core.profile_schemas import ActivationCost, ModelShape, StepCost
 
 Clock = Callable[[], float]
 CGROUP = Path("/sys/fs/cgroup")

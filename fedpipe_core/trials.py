@@ -14,16 +14,10 @@ from fedpipe_core.adapters import Adapter
 from fedpipe_core.config import FedAdapterSpec, FederationConfig
 from fedpipe_core.costs import Work
 from fedpipe_core.methods import Ranks, bottleneck_size, bottlenecks, method_shape
+from fedpipe_core.plan_schemas import EdgePlan, FederationPlan, PredictedCost, TrialRole
 from fedpipe_core.planning_problem import cost_model
-from fedpipe_core.schemas import (
-    EdgePlan,
-    EdgeProfile,
-    FederationPlan,
-    ModelShape,
-    PredictedCost,
-    TrialRole,
-    UpdateRecord,
-)
+from fedpipe_core.profile_schemas import EdgeProfile, ModelShape
+from fedpipe_core.schemas import UpdateRecord
 from fedpipe_core.seeding import random_generator
 
 SAME = "same"

@@ -9,8 +9,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from fedpipe_core.config import FederationConfig
 from tasks import edge
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession, Machine
-from tasks.federation import Coordinator
 from tasks.remote_edges import RemoteEdge
 
 

@@ -17,7 +17,7 @@ from fedpipe_core.startup import quick_imports
 
 if TYPE_CHECKING:
     from fedpipe_core.config import FederationConfig
-    from fedpipe_core.schemas import RunResult
+    from fedpipe_core.result_schemas import RunResult
     from tasks.registry import ModelVersion
 
 app = typer.Typer(

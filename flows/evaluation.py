@@ -6,7 +6,7 @@ from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.evaluation_schemas import JudgedRecord
 from flows.all_edges import Edges, on_all_edges
 from tasks import edge_judging, federation, judging, remote_edges
-from tasks.federation import Coordinator
+from tasks.coordinator import Coordinator
 from tasks.judging import Worth
 from tasks.plans import plan_at
 

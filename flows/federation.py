@@ -10,16 +10,18 @@ from prefect.artifacts import create_table_artifact
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import PlanError, TrackingError
+from fedpipe_core.plan_schemas import FederationPlan, SavedPlan
 from fedpipe_core.report import render_page
-from fedpipe_core.schemas import FederationPlan, RoundRecord, RunResult, SavedPlan
+from fedpipe_core.result_schemas import RunResult
+from fedpipe_core.schemas import RoundRecord
 from flows.all_edges import Edges, edge_sessions, on_all_edges
 from flows.deployed import require_lasting_places
 from flows.evaluation import judge_adapter
 from flows.release import release_model, require_releasable, track
 from tasks import edge, federation, mlflow_client, progress, remote_edges, reports, tracking
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession
 from tasks.exports import check_exports
-from tasks.federation import Coordinator
 from tasks.plans import plan_at, plan_round
 from tasks.records import RunKeys, get_record, put_record
 from tasks.report import read_facts

@@ -12,14 +12,15 @@ from pydantic import ValidationError
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import PlanError, StoreError
 from fedpipe_core.methods import METHODS
+from fedpipe_core.plan_schemas import FederationPlan, SavedPlan
 from fedpipe_core.planning import infeasible_edges
-from fedpipe_core.schemas import EdgeProfile, FederationPlan, SavedPlan
+from fedpipe_core.profile_schemas import EdgeProfile
 from fedpipe_core.trials import foreseen_rounds
 from flows.all_edges import Edges, edge_sessions
 from flows.federation import profile_edges
 from tasks import federation, remote_edges, reports
+from tasks.coordinator import Coordinator
 from tasks.exports import check_exports
-from tasks.federation import Coordinator
 from tasks.records import RunKeys
 from tasks.storage import open_store
 

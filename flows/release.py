@@ -11,10 +11,12 @@ from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ConfigError, ReleaseError, TrackingError
 from fedpipe_core.export_choice import choose_exports
 from fedpipe_core.methods import METHODS
-from fedpipe_core.schemas import ExportRecord, FederationRecord, ReleaseReport, RoundRecord
+from fedpipe_core.result_schemas import ExportRecord, ReleaseReport
+from fedpipe_core.schemas import FederationRecord, RoundRecord
 from flows.deployed import require_lasting_store
 from tasks import exports, progress, release, reports, tracking
-from tasks.federation import Coordinator, read_profiles
+from tasks.coordinator import Coordinator
+from tasks.federation import read_profiles
 from tasks.lineage import needed_record, stored_config
 from tasks.records import RunKeys, get_record
 from tasks.status import unreleased_runs

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpipe_core.schemas import RunResult
+from fedpipe_core.result_schemas import RunResult
 from flows.local_api import is_local
 
 MIB = 2**20

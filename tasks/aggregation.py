@@ -15,7 +15,8 @@ from fedpipe_core.adapters import Adapter
 from fedpipe_core.aggregation import Update, aggregate
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import FedPipeError, UpdateRefusedError
-from fedpipe_core.schemas import EdgePlan, FailureRecord, FederationPlan, GlobalRecord, UpdateRecord
+from fedpipe_core.plan_schemas import EdgePlan, FederationPlan
+from fedpipe_core.schemas import FailureRecord, GlobalRecord, UpdateRecord
 from fedpipe_core.trials import settled
 from fedpipe_core.update_checks import check_update, screen_updates
 from fedpipe_core.wire import WireDtype, encode_adapter

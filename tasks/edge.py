@@ -21,8 +21,10 @@ from fedpipe_core.errors import FedPipeError, IntegrityError, UpdateRefusedError
 from fedpipe_core.evaluation import metrics_of, predict
 from fedpipe_core.evaluation_schemas import EvaluationRecord
 from fedpipe_core.low_rank import LowRank
+from fedpipe_core.plan_schemas import EdgePlan
+from fedpipe_core.profile_schemas import ModelShape
 from fedpipe_core.profiling import profile_edge
-from fedpipe_core.schemas import EdgePlan, FailureRecord, GlobalRecord, ModelShape, UpdateRecord
+from fedpipe_core.schemas import FailureRecord, GlobalRecord, UpdateRecord
 from fedpipe_core.seeding import derive_seed
 from fedpipe_core.training import TrainingReport, rate_factor, train
 from fedpipe_core.wire import decode_adapter, encode_adapter

@@ -28,11 +28,11 @@ from fedpipe_core.export import EXPORT_SCHEMES, TunedModel
 from fedpipe_core.export_proof import agreement, answers, measure_latency
 from fedpipe_core.gguf_export import GGUF_SCHEMES
 from fedpipe_core.quantized_export import QUANTIZED_SCHEMES
-from fedpipe_core.schemas import Latency
+from fedpipe_core.result_schemas import Latency
 from fedpipe_core.seeding import random_generator
 from fedpipe_core.tokenizing import TokenizedExamples
 from fedpipe_core.wire import decode_adapter
-from tasks.federation import Coordinator, batches_at_once
+from tasks.coordinator import Coordinator, batches_at_once
 from tasks.local_store import LocalStore
 from tasks.records import RunKeys
 

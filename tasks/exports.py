@@ -14,11 +14,11 @@ from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.export import folder_sha256
 from fedpipe_core.export_choice import AUTO
 from fedpipe_core.gate import Check, agreement_check, loss_check
-from fedpipe_core.schemas import ExportRecord
+from fedpipe_core.result_schemas import ExportRecord
 from fedpipe_core.token_predictions import read_answers
 from tasks import progress
+from tasks.coordinator import Coordinator
 from tasks.export_judge import SCHEMES, Verdict
-from tasks.federation import Coordinator
 from tasks.records import put_data_file
 from tasks.release import Release
 

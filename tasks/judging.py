@@ -10,9 +10,12 @@ from fedpipe_core.combined_metrics import combined_metrics
 from fedpipe_core.errors import FedPipeError, IntegrityError, QuorumError
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.evaluation_schemas import EdgeEvaluation, EvaluationRecord, JudgedRecord
-from fedpipe_core.schemas import BESIDE, EdgeProfile, FailureRecord, FederationPlan, GlobalRecord
+from fedpipe_core.plan_schemas import FederationPlan
+from fedpipe_core.profile_schemas import EdgeProfile
+from fedpipe_core.schemas import BESIDE, FailureRecord, GlobalRecord
 from tasks import progress
-from tasks.federation import Coordinator, evaluate
+from tasks.coordinator import Coordinator
+from tasks.federation import evaluate
 from tasks.records import get_record, put_record, recorded_edges
 
 

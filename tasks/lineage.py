@@ -10,14 +10,9 @@ from pydantic import ValidationError
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import IntegrityError, ReleaseError
 from fedpipe_core.lineage_schemas import AcceptedUpdate, EdgeData, Lineage, RefusedUpdate, RoundLineage
-from fedpipe_core.schemas import (
-    EdgeProfile,
-    FederationPlan,
-    FederationRecord,
-    GlobalRecord,
-    RoundRecord,
-    UpdateRecord,
-)
+from fedpipe_core.plan_schemas import FederationPlan
+from fedpipe_core.profile_schemas import EdgeProfile
+from fedpipe_core.schemas import FederationRecord, GlobalRecord, RoundRecord, UpdateRecord
 from tasks.records import R, RunKeys, get_record
 from tasks.registry import ADAPTER_TAG, MANIFEST_TAG, ModelVersion, aliases
 from tasks.storage import ObjectStore, open_store

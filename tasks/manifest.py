@@ -13,7 +13,8 @@ from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import IntegrityError, ReleaseError
 from fedpipe_core.evaluation_schemas import JudgedRecord
 from fedpipe_core.lineage_schemas import RunManifest
-from fedpipe_core.schemas import GlobalRecord, RoundRecord, RunResult
+from fedpipe_core.result_schemas import RunResult
+from fedpipe_core.schemas import GlobalRecord, RoundRecord
 from tasks.lineage import needed_record
 from tasks.plans import plan_at, plan_keys
 from tasks.records import RunKeys, get_record

@@ -10,11 +10,14 @@ from pathlib import PurePosixPath
 
 from fedpipe_core.errors import IntegrityError, ObjectMissingError, PlanError
 from fedpipe_core.methods import METHODS
+from fedpipe_core.plan_schemas import EdgePlan, FederationPlan
 from fedpipe_core.planning import plan_federation
-from fedpipe_core.schemas import EdgePlan, EdgeProfile, FederationPlan, GlobalRecord, ModelShape
+from fedpipe_core.profile_schemas import EdgeProfile, ModelShape
+from fedpipe_core.schemas import GlobalRecord
 from fedpipe_core.trials import plan_trial
 from tasks import progress
-from tasks.federation import Coordinator, read_profiles
+from tasks.coordinator import Coordinator
+from tasks.federation import read_profiles
 from tasks.records import RunKeys, get_record, put_record, recorded_edges
 from tasks.storage import ObjectStore
 

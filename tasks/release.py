@@ -25,19 +25,13 @@ from fedpipe_core.methods import METHODS
 from fedpipe_core.model_card import CardFacts, license_of, render_card
 from fedpipe_core.predictions import Answers, metric_interval
 from fedpipe_core.report import render_page
-from fedpipe_core.schemas import (
-    CheckReport,
-    DecisionReport,
-    ExportRecord,
-    FederationRecord,
-    ModelReport,
-    ReleaseReport,
-    RoundRecord,
-)
+from fedpipe_core.result_schemas import CheckReport, DecisionReport, ExportRecord, ModelReport, ReleaseReport
+from fedpipe_core.schemas import FederationRecord, RoundRecord
 from tasks import progress, registry, tracking
+from tasks.coordinator import Coordinator
 from tasks.edge import read_global
 from tasks.export_judge import SCHEMES, ExportJudge
-from tasks.federation import Coordinator, read_profiles
+from tasks.federation import read_profiles
 from tasks.judging import judged, told_metrics
 from tasks.lineage import lasting_root, needed_record
 from tasks.manifest import run_manifest

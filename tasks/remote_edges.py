@@ -13,9 +13,10 @@ from uuid import uuid4
 
 from fedpipe_core.config import EdgeSpec, RemoteSpec
 from fedpipe_core.errors import FedPipeError, QuorumError
-from fedpipe_core.schemas import FailureRecord, FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
+from fedpipe_core.schemas import FailureRecord
 from tasks import progress
-from tasks.federation import Coordinator
+from tasks.coordinator import Coordinator
 from tasks.flow_runs import (
     EdgeJob,
     cancel_flow_run,

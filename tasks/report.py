@@ -3,16 +3,11 @@
 from pathlib import Path
 
 from fedpipe_core.errors import ConfigError, ReleaseError
+from fedpipe_core.plan_schemas import FederationPlan
+from fedpipe_core.profile_schemas import EdgeProfile
 from fedpipe_core.report import ReportFacts, render_page
-from fedpipe_core.schemas import (
-    EdgeProfile,
-    FederationPlan,
-    FederationRecord,
-    GlobalRecord,
-    ReleaseReport,
-    RunResult,
-    UpdateRecord,
-)
+from fedpipe_core.result_schemas import ReleaseReport, RunResult
+from fedpipe_core.schemas import FederationRecord, GlobalRecord, UpdateRecord
 from tasks.plans import plan_at
 from tasks.records import RunKeys, closed_rounds, get_record
 from tasks.storage import ObjectStore, open_store

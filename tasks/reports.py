@@ -6,20 +6,12 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from fedpipe_core.schemas import (
-    EdgePlan,
-    FederationPlan,
-    GlobalRecord,
-    MeasuredCost,
-    PlanReport,
-    ReleaseReport,
-    RoundRecord,
-    RunResult,
-    TrackingReport,
-    UpdateRecord,
-)
+from fedpipe_core.plan_schemas import EdgePlan, FederationPlan
+from fedpipe_core.result_schemas import MeasuredCost, PlanReport, ReleaseReport, RunResult, TrackingReport
+from fedpipe_core.schemas import GlobalRecord, RoundRecord, UpdateRecord
 from tasks import tracking
-from tasks.federation import Coordinator, round_updates
+from tasks.coordinator import Coordinator
+from tasks.federation import round_updates
 from tasks.judging import Worth
 from tasks.manifest import record_hashes
 from tasks.tracking import TrackedRun

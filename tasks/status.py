@@ -4,7 +4,8 @@ from typing import Any
 
 from fedpipe_core.errors import ConfigError
 from fedpipe_core.methods import METHODS
-from fedpipe_core.schemas import FederationRecord, RunResult
+from fedpipe_core.result_schemas import RunResult
+from fedpipe_core.schemas import FederationRecord
 from tasks.records import RunKeys, closed_rounds, get_record, recorded_edges
 from tasks.storage import ObjectStore, open_store
 

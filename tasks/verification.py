@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from fedpipe_core.errors import FedPipeError, IntegrityError, ObjectMissingError
 from fedpipe_core.lineage_schemas import Fault, RoundVerification, RunManifest, Verification
-from fedpipe_core.schemas import FederationPlan, FederationRecord, GlobalRecord
+from fedpipe_core.plan_schemas import FederationPlan
+from fedpipe_core.schemas import FederationRecord, GlobalRecord
 from tasks.aggregation import StoredRun, combine_updates
 from tasks.lineage import needed_record, store_of, stored_config
 from tasks.manifest import object_hashes

@@ -13,7 +13,7 @@ from tiny_federation import write_federation
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.config_file import load_config, parse_config
-from fedpipe_core.schemas import ReleaseReport, RunResult
+from fedpipe_core.result_schemas import ReleaseReport, RunResult
 from flows.deployed import read_config
 
 pytestmark = pytest.mark.slow

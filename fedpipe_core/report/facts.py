@@ -4,15 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedpipe_core.schemas import (
-    EdgeProfile,
-    FederationPlan,
-    FederationRecord,
-    GlobalRecord,
-    ReleaseReport,
-    RoundRecord,
-    UpdateRecord,
-)
+from fedpipe_core.plan_schemas import FederationPlan
+from fedpipe_core.profile_schemas import EdgeProfile
+from fedpipe_core.result_schemas import ReleaseReport
+from fedpipe_core.schemas import FederationRecord, GlobalRecord, RoundRecord, UpdateRecord
 
 _BLOCK = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)$")
 

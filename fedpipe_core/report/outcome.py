@@ -6,7 +6,7 @@ import yaml
 
 from fedpipe_core.report.facts import ReportFacts
 from fedpipe_core.report.html import Cell, section, short, size, table, words
-from fedpipe_core.schemas import ExportRecord
+from fedpipe_core.result_schemas import ExportRecord
 
 
 def refusals_section(facts: ReportFacts) -> str:

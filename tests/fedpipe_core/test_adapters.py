@@ -13,7 +13,7 @@ from fedpipe_core.adapters import (
     truncated_for_edge,
 )
 from fedpipe_core.low_rank import LowRank
-from fedpipe_core.schemas import ModuleShape
+from fedpipe_core.profile_schemas import ModuleShape
 
 SHAPES = {
     "query": ModuleShape(out_features=12, in_features=16),

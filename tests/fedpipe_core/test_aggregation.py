@@ -13,7 +13,7 @@ from fedpipe_core.aggregation import RULES, Update, aggregate
 from fedpipe_core.config import AggregationSpec
 from fedpipe_core.errors import UpdateRefusedError
 from fedpipe_core.low_rank import LowRank
-from fedpipe_core.schemas import ModuleShape
+from fedpipe_core.profile_schemas import ModuleShape
 
 SHAPES = {"query": (10, 14), "value": (6, 14), "dense": (20, 9)}
 EXACT = AggregationSpec(energy=1.0, rank_cap=64)

@@ -7,7 +7,7 @@ from planning_cases import make_profile, small_encoder, tiny_model
 
 from fedpipe_core.adapters import initial_adapter
 from fedpipe_core.costs import SCORED_AT_ONCE, CostModel, Work, base_bytes, predict, probed_bits
-from fedpipe_core.schemas import ActivationCost, StepCost
+from fedpipe_core.profile_schemas import ActivationCost, StepCost
 from fedpipe_core.wire import encode_adapter
 
 ENCODER = small_encoder()

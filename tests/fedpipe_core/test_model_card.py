@@ -5,17 +5,11 @@ import pytest
 import yaml
 
 from fedpipe_core.model_card import CardFacts, license_of, render_card
+from fedpipe_core.plan_schemas import EdgePlan, FederationPlan, PredictedCost
 from fedpipe_core.predictions import Interval
-from fedpipe_core.schemas import (
-    EdgePlan,
-    EdgeProfile,
-    ExportRecord,
-    FederationPlan,
-    FederationRecord,
-    Latency,
-    PredictedCost,
-    RoundRecord,
-)
+from fedpipe_core.profile_schemas import EdgeProfile
+from fedpipe_core.result_schemas import ExportRecord, Latency
+from fedpipe_core.schemas import FederationRecord, RoundRecord
 
 
 def profile(edge_id: str) -> EdgeProfile:

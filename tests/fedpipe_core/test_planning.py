@@ -17,7 +17,7 @@ from planning_cases import (
 
 from fedpipe_core.errors import PlanError
 from fedpipe_core.planning import check_profile, infeasible_edges, plan_federation
-from fedpipe_core.schemas import EdgeProfile
+from fedpipe_core.profile_schemas import EdgeProfile
 
 ENCODER = small_encoder()
 

@@ -6,7 +6,7 @@ from planning_cases import GIB, make_config, make_profile, small_encoder, thrott
 from fedpipe_core.errors import PlanError
 from fedpipe_core.methods import attention_projections, bottleneck_places, bottlenecks
 from fedpipe_core.planning import plan_federation
-from fedpipe_core.schemas import ModuleShape
+from fedpipe_core.profile_schemas import ModuleShape
 
 ENCODER = small_encoder()
 EDGES = ["edge-00", "edge-01"]

@@ -10,8 +10,8 @@ from fedpipe_core.config_file import parse_config
 from fedpipe_core.costs import base_bytes
 from fedpipe_core.errors import DataError
 from fedpipe_core.model import Base
+from fedpipe_core.profile_schemas import EdgeProfile
 from fedpipe_core.profiling import EdgeData, Limits, declared_limits, most_examples, probe_sizes, profile_edge
-from fedpipe_core.schemas import EdgeProfile
 from fedpipe_core.tokenizing import TokenizedExamples
 
 DECLARED = {"memory_gib": 2, "tokens_per_second": 400, "bandwidth_mbit": 80}

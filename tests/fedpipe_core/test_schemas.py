@@ -3,17 +3,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedpipe_core.schemas import (
-    DataReference,
-    EdgePlan,
-    FederationPlan,
-    ModelShape,
-    ModuleShape,
-    PredictedCost,
-    Record,
-    RoundRecord,
-    UpdateRecord,
-)
+from fedpipe_core.plan_schemas import EdgePlan, FederationPlan, PredictedCost
+from fedpipe_core.profile_schemas import ModelShape, ModuleShape
+from fedpipe_core.schemas import DataReference, Record, RoundRecord, UpdateRecord
 
 NAMES = st.from_regex(r"[a-z][a-z0-9._-]{0,20}", fullmatch=True)
 HASHES = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)

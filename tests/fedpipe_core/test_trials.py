@@ -8,8 +8,9 @@ from fedpipe_core.adapters import Adapter
 from fedpipe_core.config import FedAdapterSpec
 from fedpipe_core.low_rank import LowRank
 from fedpipe_core.methods import bottleneck_places, bottleneck_size, bottlenecks
+from fedpipe_core.plan_schemas import FederationPlan
 from fedpipe_core.planning import plan_federation
-from fedpipe_core.schemas import DataReference, FederationPlan, UpdateRecord
+from fedpipe_core.schemas import DataReference, UpdateRecord
 from fedpipe_core.trials import candidates, foreseen_rounds, plan_trial, settled, winner
 
 ENCODER = small_encoder()

@@ -16,7 +16,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.sorting import FlowRunSort
 from tiny_federation import EDGES, ROUNDS
 
-from fedpipe_core.schemas import RunResult
+from fedpipe_core.result_schemas import RunResult
 from tasks.mlflow_client import connect
 
 COST = {"peak_memory_bytes", "round_seconds", "upload_bytes", "download_bytes"}

@@ -17,10 +17,12 @@ from tiny_steps import coordinator_at, prepare, sessions_of
 from fedpipe_core.config import FederationConfig, RemoteSpec
 from fedpipe_core.config_file import load_config
 from fedpipe_core.errors import ConfigError, QuorumError
-from fedpipe_core.schemas import FailureRecord, FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
+from fedpipe_core.schemas import FailureRecord
 from flows.edge import serve_edge
 from tasks import edge, remote_edges
-from tasks.federation import Coordinator, aggregate_round, round_updates
+from tasks.coordinator import Coordinator
+from tasks.federation import aggregate_round, round_updates
 from tasks.flow_runs import FLOW, give_up_flow_run
 from tasks.leases import Heartbeat
 from tasks.records import get_record

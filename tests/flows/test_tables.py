@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from commands import FinishedRun
 
-from fedpipe_core.schemas import RunResult
+from fedpipe_core.result_schemas import RunResult
 from flows import tables
 
 COST = {"peak_memory_bytes": 300 * 2**20, "round_seconds": 12.34, "upload_bytes": 2**20, "download_bytes": 2**20}

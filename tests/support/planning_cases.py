@@ -3,7 +3,7 @@
 import numpy as np
 
 from fedpipe_core.config import FederationConfig
-from fedpipe_core.schemas import ActivationCost, EdgeProfile, ModelShape, ModuleShape, StepCost
+from fedpipe_core.profile_schemas import ActivationCost, EdgeProfile, ModelShape, ModuleShape, StepCost
 
 GIB = 2**30
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.evaluation import metrics_of
-from fedpipe_core.schemas import FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
 from tasks import edge, federation, reports
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession
-from tasks.federation import Coordinator
 from tasks.judging import Worth
 from tasks.records import RunKeys, put_record
 from tasks.storage import open_store

@@ -10,10 +10,10 @@ from tiny_steps import coordinator_at, finish_rounds, prepare, sessions_of
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.config_file import load_config
-from fedpipe_core.schemas import FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
 from tasks import progress
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession
-from tasks.federation import Coordinator
 
 
 @pytest.fixture

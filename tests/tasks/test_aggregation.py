@@ -1,10 +1,10 @@
 import pytest
 
-from fedpipe_core.schemas import FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
 from tasks import aggregation, edge, federation
 from tasks.aggregation import StoredRun, combine_updates, update_record
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession
-from tasks.federation import Coordinator
 
 
 def test_stored_updates_lead_to_the_published_adapter_again(

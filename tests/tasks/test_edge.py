@@ -15,9 +15,12 @@ from fedpipe_core.config import FederationConfig
 from fedpipe_core.costs import base_bytes
 from fedpipe_core.errors import IntegrityError
 from fedpipe_core.model import base_shape
-from fedpipe_core.schemas import EdgeProfile, FailureRecord, FederationPlan, UpdateRecord
+from fedpipe_core.plan_schemas import FederationPlan
+from fedpipe_core.profile_schemas import EdgeProfile
+from fedpipe_core.schemas import FailureRecord, UpdateRecord
 from fedpipe_core.tokenizing import TokenizedExamples
 from tasks import edge, federation
+from tasks.coordinator import Coordinator
 from tasks.edge import (
     EdgeSession,
     Machine,
@@ -28,7 +31,6 @@ from tasks.edge import (
     shared_base,
 )
 from tasks.edge_models import lent_model
-from tasks.federation import Coordinator
 from tasks.records import RunKeys, get_data, get_record
 from tasks.storage import open_store
 

@@ -7,10 +7,10 @@ import yaml
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.edge_config import EdgeConfig, load_edge_config
 from fedpipe_core.errors import ConfigError, DataError, StoreError
-from fedpipe_core.schemas import FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
 from fedpipe_core.signatures import new_key, save_key
+from tasks.coordinator import Coordinator
 from tasks.edge_check import check_edge
-from tasks.federation import Coordinator
 
 
 def own(folder: Path, config: FederationConfig, **changes: Any) -> EdgeConfig:

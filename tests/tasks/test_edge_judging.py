@@ -13,11 +13,12 @@ from fedpipe_core.config import FederationConfig, PlanPin
 from fedpipe_core.config_file import load_config
 from fedpipe_core.evaluation import metrics_of, predict
 from fedpipe_core.evaluation_schemas import EvaluationRecord, JudgedRecord
-from fedpipe_core.schemas import FailureRecord, FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
+from fedpipe_core.schemas import FailureRecord
 from fedpipe_core.tokenizing import TokenizedExamples
 from tasks import edge, edge_judging, federation, judging, plans
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession, read_global
-from tasks.federation import Coordinator
 from tasks.records import get_record
 
 QUICK = {"planning.importance": "uniform", "training.examples_per_round": 16}

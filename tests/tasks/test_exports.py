@@ -7,11 +7,11 @@ from tiny_steps import finish_rounds
 
 from fedpipe_core.errors import IntegrityError, ReleaseError
 from fedpipe_core.export import ExportScheme, TunedModel, folder_sha256
-from fedpipe_core.schemas import FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
 from tasks import exports
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession
 from tasks.export_judge import SCHEMES
-from tasks.federation import Coordinator
 from tasks.release import Release
 from tasks.tracking import TrackedRun
 

@@ -7,10 +7,12 @@ from tiny_steps import coordinator_at
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ConfigError, PlanError, QuorumError
-from fedpipe_core.schemas import FederationPlan, FederationRecord, GlobalRecord, SavedPlan
+from fedpipe_core.plan_schemas import FederationPlan, SavedPlan
+from fedpipe_core.schemas import FederationRecord, GlobalRecord
 from tasks import edge, federation
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession, read_global
-from tasks.federation import Coordinator, open_federation
+from tasks.federation import open_federation
 from tasks.records import RunKeys, get_record
 
 

@@ -12,10 +12,11 @@ from fedpipe_core.config_file import load_config, parse_config
 from fedpipe_core.errors import ConfigError, PlanError
 from fedpipe_core.evaluation import metrics_of
 from fedpipe_core.methods import bottleneck_places, bottleneck_size
-from fedpipe_core.schemas import FederationPlan, GlobalRecord
+from fedpipe_core.plan_schemas import FederationPlan
+from fedpipe_core.schemas import GlobalRecord
 from flows.release import require_releasable
 from tasks import edge, federation, plans
-from tasks.federation import Coordinator
+from tasks.coordinator import Coordinator
 from tasks.records import get_record
 from tasks.status import unreleased_runs
 

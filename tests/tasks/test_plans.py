@@ -7,10 +7,10 @@ from tiny_steps import coordinator_at, sessions_of
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ObjectMissingError
-from fedpipe_core.schemas import FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
 from tasks import edge, federation, reports
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession
-from tasks.federation import Coordinator
 from tasks.judging import Worth
 from tasks.manifest import run_manifest
 from tasks.plans import plan_at, plan_round

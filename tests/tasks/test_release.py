@@ -1,9 +1,9 @@
 import pytest
 
 from fedpipe_core.errors import ReleaseError
-from fedpipe_core.schemas import FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
 from tasks import federation, release
-from tasks.federation import Coordinator
+from tasks.coordinator import Coordinator
 from tasks.release import Release
 from tasks.tracking import TrackedRun
 

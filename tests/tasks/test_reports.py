@@ -1,14 +1,10 @@
 import pytest
 
-from fedpipe_core.schemas import (
-    EdgePlan,
-    FederationPlan,
-    PredictedCost,
-    RoundRecord,
-)
+from fedpipe_core.plan_schemas import EdgePlan, FederationPlan, PredictedCost
+from fedpipe_core.schemas import RoundRecord
 from tasks import edge, federation, reports, tracking
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession
-from tasks.federation import Coordinator
 from tasks.judging import Worth
 from tasks.tracking import TrackedRun
 

@@ -13,10 +13,12 @@ import yaml
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.edge_config import load_edge_config
 from fedpipe_core.errors import ConfigError, ModelError, UpdateRefusedError
-from fedpipe_core.schemas import EdgeProfile, FailureRecord, FederationPlan, FederationRecord, LeaseRecord
+from fedpipe_core.plan_schemas import FederationPlan
+from fedpipe_core.profile_schemas import EdgeProfile
+from fedpipe_core.schemas import FailureRecord, FederationRecord, LeaseRecord
 from tasks import edge, edge_judging, federation
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession, StoppedError
-from tasks.federation import Coordinator
 from tasks.leases import Heartbeat
 from tasks.local_store import LocalStore
 from tasks.records import get_record

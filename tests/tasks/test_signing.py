@@ -11,11 +11,12 @@ from tiny_steps import coordinator_at
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.edge_config import EdgeConfig, signing_key_at_edge
 from fedpipe_core.errors import ConfigError, QuorumError, SignatureError
-from fedpipe_core.schemas import FederationPlan, GlobalRecord
+from fedpipe_core.plan_schemas import FederationPlan
+from fedpipe_core.schemas import GlobalRecord
 from fedpipe_core.signatures import SigningKey, new_key, save_key, sign_record, unsigned
 from tasks import edge, federation
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession, Machine
-from tasks.federation import Coordinator
 from tasks.signing import SIGNING_KEY_VARIABLE
 
 KEYS = {name: new_key() for name in ("coordinator", "east", "north", "west", "stranger")}

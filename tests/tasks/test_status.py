@@ -2,10 +2,10 @@ import pytest
 from tiny_federation import EDGES
 
 from fedpipe_core.errors import ConfigError
-from fedpipe_core.schemas import FederationPlan
+from fedpipe_core.plan_schemas import FederationPlan
 from tasks import edge, federation, reports
+from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession
-from tasks.federation import Coordinator
 from tasks.judging import Worth
 from tasks.records import put_record
 from tasks.status import describe_run, list_runs
