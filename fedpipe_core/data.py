@@ -11,7 +11,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
@@ -20,7 +20,7 @@ from fedpipe_core.config import DataSpec
 from fedpipe_core.dialogues import DIALOGUE_FORMATS, Dialogues, Values, collect_dialogues, dialogue_fault
 from fedpipe_core.errors import DataError
 from fedpipe_core.row_faults import first_faults, quoted, shorten, text_fault
-from fedpipe_core.rows import Row, read_rows
+from fedpipe_core.rows import Places, Row, places_at, read_rows
 
 _log = logging.getLogger(__name__)
 
@@ -46,10 +46,11 @@ AnyExamples = TypeVar("AnyExamples", bound=ExampleSet)
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts and their labels, row by row. Shared between readers: not to be changed in place."""
+    """Texts and their labels, row by row, and where each lies. Shared between readers: not to be changed in place."""
 
     texts: list[str]
     labels: list[int]
+    places: Places = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -57,7 +58,8 @@ class Examples:
     def select(self, indices: Iterable[int]) -> "Examples":
         """The rows at `indices`, in that order."""
         chosen = list(indices)
-        return Examples([self.texts[i] for i in chosen], [self.labels[i] for i in chosen])
+        labels, places = [self.labels[i] for i in chosen], places_at(self.places, chosen)
+        return Examples([self.texts[i] for i in chosen], labels, places)
 
     @property
     def strata(self) -> Sequence[int]:
@@ -83,8 +85,10 @@ def load_examples_and_column(
 ) -> tuple[Examples | Dialogues, list[Any]]:
     """Like `load_examples`, with the values of one more column, row by row. Raises DataError likewise."""
     rows = _usable_rows(path, spec, [column] if column else [])
-    extra = [values[column] for values in rows] if column else []
-    return (_collect_labelled(rows, spec) if spec.format == "label" else collect_dialogues(rows, spec)), extra
+    values, places = [row.values for row in rows], [f"{path} {row.place}" for row in rows]
+    extra = [found[column] for found in values] if column else []
+    collect = _collect_labelled if spec.format == "label" else collect_dialogues
+    return collect(values, spec, places), extra
 
 
 def label_names(path: str | Path, spec: DataSpec) -> list[str] | None:
@@ -95,7 +99,8 @@ def label_names(path: str | Path, spec: DataSpec) -> list[str] | None:
     if spec.label_name_column is None:
         return None
     names: dict[int, set[str]] = defaultdict(set)
-    for values in _usable_rows(path, spec, [spec.label_name_column]):
+    for row in _usable_rows(path, spec, [spec.label_name_column]):
+        values = row.values
         name = values[spec.label_name_column]
         names[_as_integer(values[spec.label_column])].add("" if name is None else str(name).strip())
     labels = spec.labels or 0
@@ -148,10 +153,10 @@ def _positions_within_label(labels: Sequence[int], digests: Sequence[bytes]) -> 
     return positions
 
 
-def _usable_rows(path: str | Path, spec: DataSpec, extra_columns: Sequence[str]) -> list[Values]:
-    """The values of every row that can be used. Raises DataError when one cannot, unless the config skips such rows."""
+def _usable_rows(path: str | Path, spec: DataSpec, extra_columns: Sequence[str]) -> list[Row]:
+    """Every row that can be used. Raises DataError when one cannot, unless the config skips such rows."""
     needed = _label_columns(spec) if spec.format == "label" else DIALOGUE_FORMATS[spec.format].columns(spec)
-    columns, usable = [*needed, *extra_columns], list[Values]()
+    columns, usable = [*needed, *extra_columns], list[Row]()
     faults: list[str] = []
     skips = spec.on_bad_row == "skip"
     for row in read_rows(path, tolerant=skips):
@@ -161,7 +166,7 @@ def _usable_rows(path: str | Path, spec: DataSpec, extra_columns: Sequence[str])
         if fault:
             faults.append(f"{row.place}: {fault}")
         else:
-            usable.append(row.values)
+            usable.append(row)
     if faults:
         _report(path, faults, len(usable) if skips else 0)
     return usable
@@ -205,9 +210,9 @@ def _label_fault(values: Values, spec: DataSpec) -> str | None:
     return text_fault(values, spec.text_column)
 
 
-def _collect_labelled(rows: Sequence[Values], spec: DataSpec) -> Examples:
+def _collect_labelled(rows: Sequence[Values], spec: DataSpec, places: Places) -> Examples:
     labels = [_as_integer(values[spec.label_column]) for values in rows]
-    return Examples([values[spec.text_column] for values in rows], labels)
+    return Examples([values[spec.text_column] for values in rows], labels, places)
 
 
 def _as_integer(value: object) -> int:

@@ -6,11 +6,12 @@ Decides what a row of each data format means; leaves reading files to `fedpipe_c
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from fedpipe_core.config_inputs import DataSpec
 from fedpipe_core.row_faults import string_fault, text_fault
+from fedpipe_core.rows import Places, places_at
 
 Role = Literal["system", "user", "assistant"]
 Values = Mapping[str, Any]
@@ -37,7 +38,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Dialogues:
-    """Dialogues that end with an assistant's turn, and every right text for that turn.
+    """Dialogues that end with an assistant's turn, every right text for that turn, and where each row lies.
 
     `templated` ones are rendered by the tokenizer's chat template, others are their turns one behind the other. Shared
     between readers: not to be changed in place.
@@ -46,6 +47,7 @@ class Dialogues:
     turns: list[tuple[Turn, ...]]
     references: list[tuple[str, ...]]
     templated: bool = False
+    places: Places = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.turns)
@@ -53,7 +55,8 @@ class Dialogues:
     def select(self, indices: Iterable[int]) -> "Dialogues":
         """The rows at `indices`, in that order."""
         chosen = list(indices)
-        return Dialogues([self.turns[i] for i in chosen], [self.references[i] for i in chosen], self.templated)
+        turns, references = [self.turns[i] for i in chosen], [self.references[i] for i in chosen]
+        return Dialogues(turns, references, self.templated, places_at(self.places, chosen))
 
     @property
     def strata(self) -> Sequence[int]:
@@ -78,11 +81,11 @@ def dialogue_fault(values: Values, spec: DataSpec) -> str | None:
     return DIALOGUE_FORMATS[spec.format].fault(values, spec) or _references_fault(values, spec)
 
 
-def collect_dialogues(rows: Sequence[Values], spec: DataSpec) -> Dialogues:
+def collect_dialogues(rows: Sequence[Values], spec: DataSpec, places: Places = ()) -> Dialogues:
     """The dialogues of rows without fault."""
     turns = [DIALOGUE_FORMATS[spec.format].turns(values, spec) for values in rows]
     references = [_references(values, said, spec) for values, said in zip(rows, turns, strict=True)]
-    return Dialogues(turns, references, templated=spec.format == "messages")
+    return Dialogues(turns, references, spec.format == "messages", places)
 
 
 def _completion_columns(spec: DataSpec) -> list[str]:

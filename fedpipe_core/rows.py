@@ -9,11 +9,13 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from fedpipe_core.errors import DataError
+
+Places = Sequence[str]  # file and line of every row; empty where rows come from no file
 
 
 class Row(NamedTuple):
@@ -25,6 +27,16 @@ class Row(NamedTuple):
     place: str
     values: dict[str, Any]
     fault: str = ""
+
+
+def places_at(places: Places, indices: Sequence[int]) -> Places:
+    """The places of the rows at `indices`, where places are known."""
+    return [places[index] for index in indices] if places else ()
+
+
+def place_of(index: int, places: Places) -> str:
+    """Where a row lies, or its number where that is not known."""
+    return places[index] if places else f"row {index + 1}"
 
 
 def read_rows(path: str | Path, tolerant: bool = False) -> Iterator[Row]:

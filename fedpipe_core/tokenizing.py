@@ -4,7 +4,7 @@ Decides what stands before, between and behind the texts, and what happens to a 
 and padding of rows to `fedpipe_core.batches`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -13,12 +13,15 @@ from fedpipe_core.chat import templated_pieces
 from fedpipe_core.data import Examples
 from fedpipe_core.dialogues import Dialogues
 from fedpipe_core.errors import DataError, ModelError
+from fedpipe_core.rows import Places, place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # label of a token that is not learned, as torch and transformers have it
 _tokenizing = Lock()
+
+Parts = list[tuple[list[int], bool]]  # token ids, and whether they are learned
 
 
 @dataclass(frozen=True)
@@ -83,18 +86,18 @@ def tokenize(
             f"tokenizer {tokenizer.name_or_path!r} has no padding token, needed to batch texts of different lengths; "
             "set `pad_token` in the base model's tokenizer_config.json"
         )
-    if isinstance(examples, Dialogues):
-        found = _tokenize_dialogues(examples, tokenizer, max_tokens, learn_prompts)
-    else:
-        found = _tokenize_texts(examples, tokenizer, max_tokens)
-    if vocabulary is not None:
-        _require_known(found, tokenizer, vocabulary)
-    return found
+    if not isinstance(examples, Dialogues):
+        token_ids = _text_ids(examples, tokenizer, max_tokens)
+        _require_known(token_ids, examples.places, tokenizer, vocabulary)
+        return TokenizedExamples(token_ids, examples.labels, tokenizer.pad_token_id)
+    rendered = _rendered(examples, tokenizer)
+    _require_known((_ids(parts) for parts in rendered), examples.places, tokenizer, vocabulary)
+    return _tokenize_dialogues(examples, rendered, tokenizer, max_tokens, learn_prompts)
 
 
 def tokenize_prompts(dialogues: Dialogues, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Prompts:
     """All before each dialogue's last answer, as token ids; of more than `max_tokens` the start is left out."""
-    starts = [[token for ids, _ in parts[:-1] for token in ids] for parts in _rendered(dialogues, tokenizer)]
+    starts = [_ids(parts[:-1]) for parts in _rendered(dialogues, tokenizer)]
     leading = _leading(tokenizer)
     kept = [
         ids if len(ids) <= max_tokens else [*leading, *ids[len(leading) + len(ids) - max_tokens :]] for ids in starts
@@ -102,7 +105,7 @@ def tokenize_prompts(dialogues: Dialogues, tokenizer: "PreTrainedTokenizerBase",
     return Prompts(kept, dialogues.references)
 
 
-def _tokenize_texts(examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> TokenizedExamples:
+def _text_ids(examples: Examples, tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> list[list[int]]:
     token_ids: list[list[int]] = []
     if examples.texts:
         with _tokenizing:  # the length is state of the shared tokenizer: another thread's call would change it midway
@@ -116,27 +119,28 @@ def _tokenize_texts(examples: Examples, tokenizer: "PreTrainedTokenizerBase", ma
     empty = [index for index, ids in enumerate(token_ids) if not ids]
     if empty:
         raise DataError(
-            f"{len(empty)} of {len(token_ids)} texts give no token (the first is number {empty[0] + 1} of its edge); "
-            "remove texts without any character the tokenizer knows"
+            f"{len(empty)} of {len(token_ids)} texts give no token, the first of them "
+            f"{place_of(empty[0], examples.places)}; remove texts without any character the tokenizer knows"
         )
-    return TokenizedExamples(token_ids, examples.labels, tokenizer.pad_token_id)
-
-
-Parts = list[tuple[list[int], bool]]  # token ids, and whether they are learned
+    return token_ids
 
 
 def _tokenize_dialogues(
-    dialogues: Dialogues, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, learn_prompts: bool
+    dialogues: Dialogues,
+    rendered: Sequence[Parts],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_tokens: int,
+    learn_prompts: bool,
 ) -> TokenizedExamples:
     leading = None if dialogues.templated else len(_leading(tokenizer))
-    rows = [_shortened(parts, max_tokens, leading) for parts in _rendered(dialogues, tokenizer)]
+    rows = [_shortened(parts, max_tokens, leading) for parts in rendered]
     kept = [(parts, was_cut) for parts, was_cut in rows if parts]
     if rows and not kept:
         raise DataError(
             f"none of {len(rows)} rows fits into model.max_tokens (now {max_tokens}) with its whole answer; raise it"
         )
     return TokenizedExamples(
-        token_ids=[[token for ids, _ in parts for token in ids] for parts, _ in kept],
+        token_ids=[_ids(parts) for parts, _ in kept],
         labels=[
             [token if learned or learn_prompts else IGNORED for ids, learned in parts for token in ids]
             for parts, _ in kept
@@ -193,7 +197,7 @@ def _shortened(parts: Parts, max_tokens: int, leading: int | None) -> tuple[Part
     excess = sum(len(ids) for ids, _ in parts) - max_tokens
     if excess <= 0:
         return parts, False
-    prompt = [token for ids, _ in parts[:-1] for token in ids]
+    prompt = _ids(parts[:-1])
     if len(parts) == 2 and leading is not None:
         return [parts[0], (parts[1][0][:-excess], True)], True
     if leading is None or len(prompt) - leading <= excess:
@@ -201,11 +205,18 @@ def _shortened(parts: Parts, max_tokens: int, leading: int | None) -> tuple[Part
     return [(prompt[:leading] + prompt[leading + excess :], False), parts[-1]], True
 
 
-def _require_known(found: TokenizedExamples, tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> None:
-    for row, ids in enumerate(found.token_ids, start=1):
-        if max(ids) >= vocabulary:
-            token = tokenizer.convert_ids_to_tokens(max(ids))
+def _ids(parts: Parts) -> list[int]:
+    return [token for ids, _ in parts for token in ids]
+
+
+def _require_known(
+    rows: Iterable[Sequence[int]], places: Places, tokenizer: "PreTrainedTokenizerBase", vocabulary: int | None
+) -> None:
+    for index, ids in enumerate(rows):
+        largest = max(ids, default=0)
+        if vocabulary is not None and largest >= vocabulary:
+            token = tokenizer.convert_ids_to_tokens(largest)
             raise DataError(
-                f"row {row} of its edge has token {token!r} with id {max(ids)}, but the model knows {vocabulary} "
+                f"{place_of(index, places)} has token {token!r} with id {largest}, but the model knows {vocabulary} "
                 "tokens; take tokenizer and model of one training, or resize the model's embeddings"
             )

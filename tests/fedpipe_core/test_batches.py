@@ -71,7 +71,7 @@ def test_tokenize_refuses_a_tokenizer_without_a_padding_token():
 
 
 def test_tokenize_refuses_a_text_that_gives_no_token():
-    with pytest.raises(DataError, match=r"1 of 2 texts give no token \(the first is number 2"):
+    with pytest.raises(DataError, match=r"1 of 2 texts give no token, the first of them row 2"):
         tokenize(Examples(["on", "\u3000"], [0, 0]), word_tokenizer(special_tokens=False), max_tokens=4)
 
 

@@ -51,6 +51,13 @@ def test_load_examples_reads_the_named_columns_and_ignores_others(tmp_path):
     assert load_examples(path, spec) == Examples(["a", " b "], [2, 0])
 
 
+def test_rows_keep_the_line_they_came_from(tmp_path):
+    path = jsonl(tmp_path, {"text": "a", "label": 2}, {"text": "", "label": 0}, {"text": "b", "label": 0})
+    found = load_examples(path, SPEC.model_copy(update={"on_bad_row": "skip"}))
+    assert found.places == [f"{path} line 1", f"{path} line 3"]
+    assert found.select([1]).places == [f"{path} line 3"]
+
+
 def test_load_examples_takes_the_digits_of_a_csv_file_as_labels(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('text,label\n"hello, you",2\nbye, 0 \n')

@@ -88,12 +88,15 @@ def test_no_row_left_is_refused():
         tokenize(said("word1", words(0, 8)), tokenizer(), max_tokens=4)
 
 
-def test_id_outside_the_vocabulary_is_refused():
-    rows = Dialogues(said("word1", "word2").turns + said("word1", "word59").turns, [("word2",), ("word59",)])
-    with pytest.raises(
-        DataError, match=r"row 2 of its edge has token 'word59' with id 64, but the model knows 64 tokens"
-    ):
+@pytest.mark.parametrize("answer", ["word59", "word59 " * 9], ids=["short", "too long to be kept"])
+def test_id_outside_the_vocabulary_is_refused_with_file_and_line(answer):
+    turns = said("word1", "word2").turns + said("word1", answer).turns
+    rows = Dialogues(turns, [("word2",), (answer,)], places=["rows.jsonl line 1", "rows.jsonl line 7"])
+    refused = "has token 'word59' with id 64, but the model knows 64 tokens"
+    with pytest.raises(DataError, match=rf"^rows.jsonl line 7 {refused}"):
         tokenize(rows, tokenizer(), max_tokens=8, vocabulary=64)
+    with pytest.raises(DataError, match=rf"^row 1 {refused}"):
+        tokenize(said("word1", answer), tokenizer(), max_tokens=8, vocabulary=64)
 
 
 def test_prompts_are_what_stands_before_the_learned_answer():
