@@ -32,7 +32,9 @@ class PlainLines:
 
     def noted(self, text: str) -> None:
         """Print one line."""
-        print(f"[{time.perf_counter() - self._started:7.1f} s] {text}", file=sys.stderr, flush=True)
+        # In one piece: `print` would write its end by itself, and another thread's line come between.
+        sys.stderr.write(f"[{time.perf_counter() - self._started:7.1f} s] {text}\n")
+        sys.stderr.flush()
 
 
 class LiveBars:

@@ -1,4 +1,5 @@
 import io
+import sys
 
 import pytest
 from rich.console import Console
@@ -26,6 +27,14 @@ def test_plain_lines_tell_finished_steps_and_notes(capsys: pytest.CaptureFixture
     assert out == ""
     assert first.endswith("] east: train round 1 done in 0.0 s")
     assert second.endswith("] round 1/3: accuracy 0.5000")
+
+
+def test_plain_lines_are_written_whole_so_that_threads_do_not_mix_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(sys.stderr, "write", written.append)
+    PlainLines().noted("plan")
+    assert len(written) == 1
+    assert written[0].endswith("] plan\n")
 
 
 def test_plain_lines_do_not_tell_interrupted_steps_as_done(capsys: pytest.CaptureFixture[str]) -> None:
