@@ -227,7 +227,7 @@ def _arguments() -> Any:
     options = parser(__doc__)
     options.add_argument("--task", nargs="+", default=["clinc150", "snips", "e2e"], help="names or files of tasks")
     options.add_argument("--part", choices=("main", "spread", "edges", "ablations"), default="main")
-    options.add_argument("--seeds", type=int, default=SEEDS, help="number of seeds of the main part")
+    options.add_argument("--seeds", type=int, help=f"number of seeds of the main part: {SEEDS}, or 1 of a reduced set")
     options.add_argument("--setting", nargs="+", choices=SPEEDS, default=list(SPEEDS), help="of the main part")
     options.add_argument("--partition", nargs="+", default=[], help="of the main part; all of a task when left out")
     options.add_argument("--reduced", action="store_true", help="one task and setting in less than 30 minutes")
@@ -253,7 +253,7 @@ def main() -> None:
         bench = Bench(task, Results(None if options.quick else kept / f"evidence-{task.name}.json"))
         partitions = options.partition or list(task.partitions)
         places = ([HETEROGENEOUS], ["domain"]) if small else (options.setting, partitions)
-        seeds = 1 if small else options.seeds
+        seeds = options.seeds or (1 if small else SEEDS)
         rows = main_rows(bench, *places, seeds) if options.part == "main" else sweep_rows(bench, options.part)
         if options.part == "main" and not small:
             plot(bench, rows, *places)
