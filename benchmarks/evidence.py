@@ -201,8 +201,8 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def plot(bench: Bench, rows: Sequence[Row], settings: Sequence[str], partitions: Sequence[str]) -> None:
-    """The metric against simulated time and against bytes moved, one line a method, seed 0."""
+def plot(bench: Bench, rows: Sequence[Row], settings: Sequence[str], partitions: Sequence[str], folder: Path) -> None:
+    """A picture per setting and partition: the metric against simulated time and bytes, one line a method, seed 0."""
     from matplotlib.figure import Figure
 
     rates = {(row.place, row.method): row.rate for row in rows}
@@ -220,7 +220,7 @@ def plot(bench: Bench, rows: Sequence[Row], settings: Sequence[str], partitions:
             by_time.set(xlabel="simulated seconds", ylabel=bench.task.metric)
             by_bytes.set(xlabel="MiB moved", xscale="log")
             by_time.legend()
-            figure.savefig(IMAGES / f"evidence-{bench.task.name}-{setting}-{partition}.png", dpi=110)
+            figure.savefig(folder / f"evidence-{bench.task.name}-{setting}-{partition}.png", dpi=110)
 
 
 def _arguments() -> Any:
@@ -255,8 +255,8 @@ def main() -> None:
         places = ([HETEROGENEOUS], ["domain"]) if small else (options.setting, partitions)
         seeds = options.seeds or (1 if small else SEEDS)
         rows = main_rows(bench, *places, seeds) if options.part == "main" else sweep_rows(bench, options.part)
-        if options.part == "main" and not small:
-            plot(bench, rows, *places)
+        if options.part == "main" and not options.quick:
+            plot(bench, rows, *places, kept if options.reduced else IMAGES)
         found += checks(task, rows) if options.part == "main" else []
         tables.append(table(task, rows))
         document["tasks"][task.name] = [asdict(row) for row in rows]
