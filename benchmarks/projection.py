@@ -17,16 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from aggregation import Case, make_round
 from common import finish, markdown_table, parser
 from federations import FOLDER
 from planning import make_edge
 from random_llama import EIGHT_B
 
-from fedpipe_core.adapters import Adapter, split_for_edge
-from fedpipe_core.aggregation import Update, aggregate
+from fedpipe_core.aggregation import aggregate
 from fedpipe_core.config import AggregationSpec, FederationConfig
 from fedpipe_core.config_remote import RemoteSpec
-from fedpipe_core.low_rank import LowRank
 from fedpipe_core.plan_schemas import FederationPlan
 from fedpipe_core.planning import plan_federation
 from fedpipe_core.profile_schemas import EdgeProfile, ModelShape, ModuleShape
@@ -163,22 +162,13 @@ def class_rows(edges: Mapping[str, tuple[Gpu, EdgeProfile]], plan: FederationPla
 
 
 def aggregation_seconds(shape: ModelShape, plan: FederationPlan) -> float:
-    """Seconds of one core for one edge in a round: a projection of all edges is aggregated, and told by the feature."""
-    module = "model.layers.0.self_attn.q_proj"
-    size, generator = shape.modules[module], torch.Generator().manual_seed(0)
-    left = torch.randn(size.out_features, 32, generator=generator) / 64
-    previous = Adapter({module: LowRank(left, torch.randn(32, size.in_features, generator=generator) / 64)}, {})
-    updates = []
-    for index in range(PLANNED):
-        rank = 16
-        start, _ = split_for_edge(previous, {module: rank}, seed=0)
-        B, A = start.factors[module].B, start.factors[module].A
-        moved = LowRank(B + 0.01 * torch.randn(B.shape, generator=generator), A + 0.0)
-        updates.append(Update(f"edge-{index:03}", start, Adapter({module: moved}, {}), 100))
+    """Seconds of one core for one edge in a round: those of a square matrix of all edges, told by the feature."""
+    case = Case(width=EIGHT_B.hidden_size, edges=PLANNED, sample=1)
+    previous, updates = make_round(case, shared_right=False)
     torch.set_num_threads(1)
     started = time.thread_time()
     aggregate(previous, updates, AggregationSpec(rank_cap=32))
-    each = (time.thread_time() - started) / PLANNED / size.features
+    each = (time.thread_time() - started) / PLANNED / (2 * case.width)
     features = [sum(shape.modules[name].features for name in found.ranks) for found in plan.edges.values()]
     return each * sum(features) / PLANNED
 
