@@ -291,6 +291,10 @@ class FederationConfig(Spec):
         """Whether every global adapter is judged at the edges, on their own rows."""
         return self.evaluation.at in ("edges", "both") or not self.data.test
 
+    def judges_whole(self, round_index: int) -> bool:
+        """Whether what a round starts from is judged on all rows: what training starts from, and what it ends with."""
+        return round_index in (1, self.rounds + 1)
+
     @property
     def coordinator_signs(self) -> str | None:
         """The key that signs the coordinator's records; None when nobody signs."""

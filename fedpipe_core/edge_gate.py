@@ -35,8 +35,9 @@ def decide_by_edges(challenger: Evaluations, champion: Evaluations | None, spec:
 
 
 def _comparable(metric: str, now: EdgeEvaluation, before: EdgeEvaluation | None) -> bool:
-    same = before is not None and before.rows_sha256 == now.rows_sha256
-    return same and metric in now.metrics and before is not None and metric in before.metrics
+    if before is None or before.rows_sha256 != now.rows_sha256:
+        return False
+    return metric in now.metrics and metric in before.metrics
 
 
 def _nothing_shared(edges: int) -> Check:

@@ -36,6 +36,11 @@ class WritingTask:
     tokenizer: Any
 
 
+def share_of(examples: TokenizedExamples, config: FederationConfig) -> TokenizedExamples:
+    """The rows on which a round is judged that is not judged on all, drawn by seed."""
+    return examples.select(drawn("evaluation", len(examples), config.evaluation.examples_per_round, config.seed))
+
+
 def writing_task(examples: Examples | Dialogues, config: FederationConfig, tokenizer: Any) -> WritingTask | None:
     """The prompts of these rows that a judged model continues, drawn by seed; None where the config asks for none."""
     spec = config.evaluation.generate

@@ -13,7 +13,7 @@ from tasks.plans import plan_at
 
 def judge_adapter(coordinator: Coordinator, edges: Edges, round_index: int) -> Worth:
     """What the adapter is worth that a round starts from; the first and the last are judged on all rows."""
-    whole = round_index in (1, coordinator.config.rounds + 1)
+    whole = coordinator.config.judges_whole(round_index)
     at_edges = _judge_at_edges(coordinator, edges, round_index) if coordinator.config.edges_judge else None
     if not coordinator.config.coordinator_judges:
         return Worth({}, at_edges)

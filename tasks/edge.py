@@ -58,6 +58,7 @@ __all__ = [
     "link_bytes_per_second",
     "profile",
     "read_global",
+    "read_global_record",
     "reason_of",
     "shared_base",
     "stop_training",
@@ -112,10 +113,18 @@ def read_global(
     store: ObjectStore, keys: RunKeys, round_index: int, signed_by: str | None = None
 ) -> tuple[GlobalRecord, Adapter]:
     """The adapter a round starts from. Raises IntegrityError when it is missing or not what its record says."""
+    record = read_global_record(store, keys, round_index, signed_by)
+    return record, decode_adapter(get_data(store, record.adapter))
+
+
+def read_global_record(
+    store: ObjectStore, keys: RunKeys, round_index: int, signed_by: str | None = None
+) -> GlobalRecord:
+    """The record of the adapter a round starts from. Raises IntegrityError when it is missing."""
     record = get_record(store, keys.global_record(round_index), GlobalRecord, signed_by)
     if record is None:
         raise IntegrityError(f"store {store.root}: {keys.global_record(round_index)} is missing; resume the run")
-    return record, decode_adapter(get_data(store, record.adapter))
+    return record
 
 
 def edge_start(config: FederationConfig, plan: EdgePlan, adapter: Adapter, round_index: int) -> EdgeStart:

@@ -16,12 +16,11 @@ from prefect.cache_policies import NO_CACHE
 from fedpipe_core.adapters import Adapter, split_for_edge
 from fedpipe_core.edge_model import load_adapter
 from fedpipe_core.errors import DataError, UpdateRefusedError
-from fedpipe_core.evaluation import metrics_of, predict
+from fedpipe_core.evaluation import metrics_of, predict, share_of
 from fedpipe_core.evaluation_schemas import EdgeEvaluation, EvaluationRecord
 from fedpipe_core.methods import METHODS
 from fedpipe_core.predictions import Answers
 from fedpipe_core.schemas import FailureRecord
-from fedpipe_core.seeding import drawn
 from fedpipe_core.tokenizing import TokenizedExamples
 from tasks import progress
 from tasks.bases import shared_base
@@ -55,7 +54,7 @@ def _judge(session: EdgeSession, round_index: int) -> EvaluationRecord:
     torch.set_num_threads(session.machine.threads)
     config, started = session.config, time.perf_counter()
     record, adapter = read_global(session.store, session.keys, round_index, config.coordinator_signs)
-    whole = round_index in (1, config.rounds + 1)
+    whole = config.judges_whole(round_index)
     rows, writing = _rows(session, whole), session.writing if whole else None
     design = judging_design(session, adapter)
     with lent_model(design) as model, progress.working(session.edge_id, "judge"):
@@ -86,14 +85,13 @@ def judging_design(session: EdgeSession, adapter: Adapter) -> ModelDesign:
 
 def _rows(session: EdgeSession, whole: bool) -> TokenizedExamples:
     """The edge's rows that judge, or the configured share of them. Raises DataError where there are none."""
-    rows, config = session.data.validation, session.config
+    rows = session.data.validation
     if not len(rows):
         raise DataError(
             f"{session.edge_id} keeps no row to judge on, of {len(session.data.train)}; give it more rows, or raise "
             "data.validation_fraction"
         )
-    wanted = None if whole else config.evaluation.examples_per_round
-    return rows.select(drawn("evaluation", len(rows), wanted, config.seed))
+    return rows if whole else share_of(rows, session.config)
 
 
 def _evaluation(session: EdgeSession, answers: Answers, rows: int) -> EdgeEvaluation:

@@ -15,14 +15,13 @@ from prefect.cache_policies import NO_CACHE
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ConfigError, PlanError, QuorumError, SignatureError
+from fedpipe_core.evaluation import share_of
 from fedpipe_core.methods import method_shape
 from fedpipe_core.plan_schemas import FederationPlan, SavedPlan
 from fedpipe_core.planning import plan_federation
 from fedpipe_core.predictions import Answers
 from fedpipe_core.profile_schemas import EdgeProfile
 from fedpipe_core.schemas import FederationRecord, GlobalRecord, UpdateRecord
-from fedpipe_core.seeding import drawn
-from fedpipe_core.tokenizing import TokenizedExamples
 from fedpipe_core.wire import encode_adapter
 from tasks import progress
 from tasks.aggregation import Combination, StoredRun, combine_updates, update_record, wire_dtype
@@ -150,7 +149,8 @@ def aggregate_round(coordinator: Coordinator, federation_plan: FederationPlan, r
     run = StoredRun(coordinator.config, coordinator.store, coordinator.keys, coordinator.base.sha256, federation_plan)
     with progress.working("coordinator", "aggregate"):
         found = combine_updates(run, round_index)
-        _require_quorum(coordinator.config, round_index, len(found.counted), found.dropped)
+        told = f"round {round_index} has {len(found.counted)} updates that count"
+        require_quorum(coordinator.config, told, len(found.counted), found.dropped)
     return _publish_adapter(coordinator, round_index + 1, found)
 
 
@@ -159,7 +159,7 @@ def evaluate(coordinator: Coordinator, round_index: int, whole: bool) -> Answers
     """Judge what `round_index` starts from on the held-out set, or on the configured share of it."""
     signed_by = coordinator.config.coordinator_signs
     _, adapter = read_global(coordinator.store, coordinator.keys, round_index, signed_by)
-    share = None if whole else _share(coordinator.held_out, coordinator.config)
+    share = None if whole else share_of(coordinator.held_out, coordinator.config)
     with progress.working("coordinator", "evaluate"):
         model = coordinator.form.judged(coordinator.base.model, adapter)  # what would be released now
         return coordinator.judge(model, share)
@@ -243,14 +243,10 @@ def _publish_adapter(coordinator: Coordinator, round_index: int, found: Combinat
     return record
 
 
-def _require_quorum(config: FederationConfig, round_index: int, counted: int, dropped: dict[str, str]) -> None:
+def require_quorum(config: FederationConfig, found: str, counted: int, dropped: Mapping[str, str]) -> None:
+    """Raise QuorumError when fewer than `min_edges` count; `found` tells what they did, and how many."""
     if counted < config.min_edges:
         reasons = "; ".join(f"{edge_id}: {reason}" for edge_id, reason in sorted(dropped.items()))
         raise QuorumError(
-            f"round {round_index} has {counted} updates that count, min_edges is {config.min_edges}; {reasons}; "
-            "mend these edges and continue with --resume"
+            f"{found}, min_edges is {config.min_edges}; {reasons}; mend these edges and continue with --resume"
         )
-
-
-def _share(held_out: TokenizedExamples, config: FederationConfig) -> TokenizedExamples:
-    return held_out.select(drawn("evaluation", len(held_out), config.evaluation.examples_per_round, config.seed))

@@ -15,7 +15,8 @@ from fedpipe_core.profile_schemas import EdgeProfile
 from fedpipe_core.schemas import BESIDE, FailureRecord, GlobalRecord
 from tasks import progress
 from tasks.coordinator import Coordinator
-from tasks.federation import evaluate
+from tasks.edge import read_global_record
+from tasks.federation import evaluate, require_quorum
 from tasks.records import get_record, put_record, recorded_edges
 
 
@@ -72,16 +73,15 @@ def close_judging(coordinator: Coordinator, plan: FederationPlan, round_index: i
     Raises QuorumError, leaving the judging open, when fewer than `min_edges` count.
     """
     store, keys, signed_by = coordinator.store, coordinator.keys, coordinator.config.coordinator_signs
-    start = get_record(store, keys.global_record(round_index), GlobalRecord, signed_by)
-    if start is None:
-        raise IntegrityError(f"store {store.root}: {keys.global_record(round_index)} is missing; resume the run")
+    start = read_global_record(store, keys, round_index, signed_by)
     counted, dropped = {}, dict[str, str]()
     for edge_id in sorted(plan.edges):
         try:
             counted[edge_id] = _answer(coordinator, start, edge_id).evaluation
         except FedPipeError as error:
             dropped[edge_id] = str(error)
-    _require_quorum(coordinator, round_index, len(counted), dropped)
+    told = f"{len(counted)} edges judged what round {round_index} starts from"
+    require_quorum(coordinator.config, told, len(counted), dropped)
     found = JudgedRecord(
         run=keys.run,
         round=round_index,
@@ -115,13 +115,3 @@ def _answer(coordinator: Coordinator, start: GlobalRecord, edge_id: str) -> Eval
             f"{key} tells of {found.evaluation.rows} rows, and the edge's profile of {known}; it must not be used"
         )
     return found
-
-
-def _require_quorum(coordinator: Coordinator, round_index: int, counted: int, dropped: Mapping[str, str]) -> None:
-    needed = coordinator.config.min_edges
-    if counted < needed:
-        reasons = "; ".join(f"{edge_id}: {reason}" for edge_id, reason in sorted(dropped.items()))
-        raise QuorumError(
-            f"{counted} edges judged what round {round_index} starts from, min_edges is {needed}; {reasons}; mend "
-            "these edges and continue with --resume"
-        )

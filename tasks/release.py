@@ -287,7 +287,7 @@ def _card(release: Release, exports: list[ExportRecord]) -> str:
     rounds = [
         needed_record(coordinator.store, keys.round_record(index + 1), RoundRecord) for index in range(config.rounds)
     ]
-    confidence, names = config.release.confidence or 0.95, answers.metrics if answers else ()
+    confidence = config.release.confidence or 0.95
     return render_card(
         CardFacts(
             model_name=release.name,
@@ -301,7 +301,9 @@ def _card(release: Release, exports: list[ExportRecord]) -> str:
             adapter_sha256=release.adapter_sha256,
             evaluation_sha256=answers.evaluation_sha256 if answers else None,
             baseline=release.baseline,
-            metrics={name: metric_interval(answers, name, confidence, config.seed) for name in names if answers},
+            metrics={name: metric_interval(answers, name, confidence, config.seed) for name in answers.metrics}
+            if answers
+            else {},
             exports=exports,
             evaluations=release.evaluations,
         )

@@ -35,6 +35,17 @@ def prepare(coordinator: Coordinator, sessions: dict[str, EdgeSession]) -> Feder
     return found
 
 
+def after_a_round(config: FederationConfig, store: Path) -> tuple[Coordinator, dict[str, EdgeSession]]:
+    """A federation whose edges have trained one round."""
+    coordinator = coordinator_at(config, store)
+    sessions = sessions_of(coordinator)
+    plan = prepare(coordinator, sessions)
+    for session in sessions.values():
+        edge.train_round.fn(session, 1)
+    federation.aggregate_round.fn(coordinator, plan, 1)
+    return coordinator, sessions
+
+
 def finish_rounds(
     coordinator: Coordinator,
     sessions: dict[str, EdgeSession],

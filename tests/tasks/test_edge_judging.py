@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_federation import EDGES, rows, write_federation, write_rows, write_writers_federation
 from tiny_models import LABELS
-from tiny_steps import coordinator_at, prepare, sessions_of
+from tiny_steps import after_a_round, coordinator_at, prepare, sessions_of
 
 from fedpipe_core.config import FederationConfig, PlanPin
 from fedpipe_core.config_file import load_config
@@ -42,15 +42,14 @@ def changed(config: FederationConfig, section: str, **values: Any) -> Federation
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
-def after_a_round(config: FederationConfig, store: Path) -> tuple[Coordinator, dict[str, EdgeSession]]:
-    """A federation whose edges have trained one round."""
-    coordinator = coordinator_at(config, store)
-    sessions = sessions_of(coordinator)
-    plan = prepare(coordinator, sessions)
+def judge_as_merged(coordinator: Coordinator, sessions: dict[str, EdgeSession], round_index: int) -> None:
+    """Have every edge judge, and find what the merged model answers to its rows."""
+    _, adapter = read_global(coordinator.store, coordinator.keys, round_index)
+    merged = coordinator.form.judged(coordinator.base.model, adapter)
     for session in sessions.values():
-        edge.train_round.fn(session, 1)
-    federation.aggregate_round.fn(coordinator, plan, 1)
-    return coordinator, sessions
+        edge_judging.judge.fn(session, round_index)
+        expected = metrics_of(predict(merged, session.data.validation, 64))
+        assert answer_of(session, round_index).evaluation.metrics == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.usefixtures("plan")
@@ -92,12 +91,7 @@ def test_whole_adapter_is_judged_under_every_rule(tiny_config: FederationConfig,
     )
     config = changed(tiny_config, "aggregation", rule=rule).model_copy(update={"edges": edges})
     coordinator, sessions = after_a_round(config, tmp_path / "second")
-    _, adapter = read_global(coordinator.store, coordinator.keys, 2)
-    merged = coordinator.form.judged(coordinator.base.model, adapter)
-    for session in sessions.values():
-        edge_judging.judge.fn(session, 2)
-        expected = metrics_of(predict(merged, session.data.validation, 64))
-        assert answer_of(session, 2).evaluation.metrics == pytest.approx(expected, rel=1e-4)
+    judge_as_merged(coordinator, sessions, 2)
 
 
 @pytest.mark.usefixtures("run_logger_off")
@@ -112,12 +106,7 @@ def test_other_methods_are_judged_at_the_edges_too(method: str, tmp_path: Path) 
         edge_judging.judge.fn(session, 2)  # before the edge knows the sizes it is to try
         edge.train_round.fn(session, 2)
     federation.aggregate_round.fn(coordinator, plan, 2)
-    _, adapter = read_global(coordinator.store, coordinator.keys, 3)
-    merged = coordinator.form.judged(coordinator.base.model, adapter)
-    for session in sessions.values():
-        edge_judging.judge.fn(session, 3)
-        expected = metrics_of(predict(merged, session.data.validation, 64))
-        assert answer_of(session, 3).evaluation.metrics == pytest.approx(expected, rel=1e-4)
+    judge_as_merged(coordinator, sessions, 3)
 
 
 @pytest.mark.usefixtures("run_logger_off")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tiny_federation import EDGES, write_writers_federation
-from tiny_steps import coordinator_at, finish_rounds, prepare, sessions_of
+from tiny_steps import after_a_round, coordinator_at, finish_rounds, prepare, sessions_of
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.config_file import load_config, parse_config
@@ -114,12 +114,7 @@ def test_bottlenecks_grow_by_trials_whose_plans_are_kept(method_config: Federati
 @pytest.mark.usefixtures("run_logger_off")
 @pytest.mark.parametrize("method_config", ["fedadapter"], indirect=True)
 def test_an_edge_waits_for_the_sizes_of_its_round(method_config: FederationConfig, tmp_path: Path) -> None:
-    coordinator = coordinator_at(method_config, tmp_path)
-    sessions = sessions_of(coordinator)
-    plan = prepare(coordinator, sessions)
-    for session in sessions.values():
-        edge.train_round.fn(session, 1)
-    federation.aggregate_round.fn(coordinator, plan, 1)
+    coordinator, sessions = after_a_round(method_config, tmp_path)
     assert sessions["east"].is_ready(1)
     assert not sessions["east"].is_ready(2)
     plans.plan_round(coordinator, 2)

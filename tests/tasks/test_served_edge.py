@@ -87,12 +87,18 @@ def test_edge_serves_every_round_and_ends(
     assert lease_of(sessions["east"]).ended == "done"
 
 
+def judging_edge(sessions: dict[str, EdgeSession]) -> EdgeSession:
+    """East, which is asked to judge beside the coordinator."""
+    east = sessions["east"]
+    asked = east.config.evaluation.model_copy(update={"at": "both"})
+    east.config = east.config.model_copy(update={"evaluation": asked})
+    return east
+
+
 def test_edge_judges_before_it_trains_and_once_more_after_the_last_round(
     coordinator: Coordinator, sessions: dict[str, EdgeSession], plan: FederationPlan, alive: Heartbeat
 ) -> None:
-    asked = coordinator.config.evaluation.model_copy(update={"at": "both"})
-    east = sessions["east"]
-    east.config = coordinator.config.model_copy(update={"evaluation": asked})
+    east = judging_edge(sessions)
     turns = []
     with serving(east) as served:
         while index := served.next_round():
@@ -109,9 +115,7 @@ def test_edge_judges_before_it_trains_and_once_more_after_the_last_round(
 def test_edge_trains_at_once_where_the_judging_was_closed_without_it(
     coordinator: Coordinator, sessions: dict[str, EdgeSession], plan: FederationPlan, alive: Heartbeat
 ) -> None:
-    asked = coordinator.config.evaluation.model_copy(update={"at": "both"})
-    east = sessions["east"]
-    east.config = coordinator.config.model_copy(update={"evaluation": asked})
+    east = judging_edge(sessions)
     coordinator.store.put(coordinator.keys.judged(1), b"{}")
     with serving(east) as served:
         assert served.next_round() == 1
