@@ -4,7 +4,7 @@ Another model or data set is one more file in `benchmarks/evidence_tasks`, besid
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,33 +22,44 @@ SPEEDS = {HOMOGENEOUS: (1.0, 1.0, 1.0, 1.0, 1.0), HETEROGENEOUS: (1.0, 1.0, 2.0,
 MBIT = {HOMOGENEOUS: (100.0,) * 5, HETEROGENEOUS: (200.0, 100.0, 50.0, 20.0, 10.0)}
 TARGET_SHARE = 0.95
 FEDPIPE, FEDLORA, FEDADAPTER, FULL = "fedpipe", "fedlora", "fedadapter", "full"
+BASELINES = (FEDLORA, FEDADAPTER, FULL)
+# What FedPipe sends: updates in 4 bits, of which edges keep what these leave out, the global adapter in 8.
+OURS: dict[str, Any] = {**VARIANTS["fedpipe"], "exchange.dtype": "nf4"}
 METHODS: dict[str, dict[str, Any]] = {
-    FEDPIPE: VARIANTS["fedpipe"],
+    FEDPIPE: OURS,
     FEDLORA: VARIANTS["fedlora"],
     FEDADAPTER: {"method": "fedadapter"},
     FULL: {"method": "full"},
 }
 RULES = ("fedavg", "hetlora", "rankwise", "flexlora", "ffa", "raflora", "flora_stack")
 ABLATIONS: dict[str, dict[str, Any]] = {
-    **{name: changes for name, changes in VARIANTS.items() if not name.startswith(("fedpipe", "fedlora"))},
-    **{f"rule {rule}": {**VARIANTS["fedpipe"], "aggregation.rule": rule} for rule in RULES},
+    **{name: {**OURS, **changes} for name, changes in VARIANTS.items() if not name.startswith(("fedpipe", "fedlora"))},
+    **{f"rule {rule}": {**OURS, "aggregation.rule": rule} for rule in RULES},
+    "16 bits on the wire": {**OURS, "exchange.dtype": "bf16"},
+    "fedlora, 4 bits on the wire": {**VARIANTS["fedlora"], "exchange.dtype": "nf4"},
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the protocol leaves to a model and a data set; `changes` are dotted keys of the federation's config."""
+    """What the protocol leaves to a model and a data set.
+
+    `changes` are dotted keys of the federation's config, `fedpipe_changes` those of FedPipe alone; `reduced` replaces
+    fields in a reduced set.
+    """
 
     name: str
     federation: Path
     metric: str
     higher_is_better: bool
     budget_seconds: float
-    rates: tuple[float, ...]
+    rates: Sequence[float]
     memory_gib: Mapping[str, list[float]]
     partitions: Mapping[str, dict[str, Any]]
     values: list[list[str]]
     changes: Mapping[str, Any]
+    fedpipe_changes: Mapping[str, Any]
+    reduced: Mapping[str, Any]
 
     def target(self, full: float) -> float:
         """The value to be reached, from what full fine-tuning ends with on edges that all hold it."""
@@ -84,7 +95,7 @@ def read_task(name: str) -> Task:
     path = Path(name) if name.endswith(".yaml") else TASKS / f"{name}.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     document["federation"] = (path.parent / document["federation"]).resolve()
-    return Task(name=path.stem, **document | {"rates": tuple(document["rates"])})
+    return Task(name=path.stem, **{"fedpipe_changes": {}, "reduced": {}} | document)
 
 
 def slowdowns(case: Case) -> dict[str, float]:
@@ -116,6 +127,7 @@ def make_config(task: Task, case: Case) -> FederationConfig:
         "edges": edges,
         **task.changes,
         "training.learning_rate": case.rate,
+        **({} if case.method.startswith(BASELINES) else task.fedpipe_changes),
         **(METHODS | ABLATIONS)[case.method],
     }
     return load_config(task.federation, [f"{key}={json.dumps(value)}" for key, value in document.items()])

@@ -59,6 +59,7 @@ class CostModel:
     profile: EdgeProfile
     global_ranks: Mapping[str, int] = field(default_factory=dict)
     wire_dtype: str = "bf16"
+    global_dtype: str = "bf16"
     micro_batch_size: int | None = None
     frozen_a: bool = False
     whole: bool = False
@@ -190,16 +191,17 @@ class CostModel:
 
     def upload_bytes(self, ranks: Mapping[str, int]) -> int:
         """Bytes of the trained factors and the head."""
-        return self._file_bytes(self.module_upload_bytes(name, rank) for name, rank in ranks.items())
+        return self._file_bytes((self.module_upload_bytes(name, r) for name, r in ranks.items()), self.wire_dtype)
 
     def module_upload_bytes(self, module: str, rank: int) -> float:
         """Bytes of what an edge trained of one module's B and A."""
-        return self._wire_bytes(module, rank * self._trained_features(module))
+        return _wire_bytes(module, rank * self._trained_features(module), self.wire_dtype)
 
     def download_bytes(self, ranks: Mapping[str, int]) -> int:
         """Bytes of the global adapter and the head."""
         held = self.global_ranks or ranks
-        return self._file_bytes(self._wire_bytes(name, rank * self._features(name)) for name, rank in held.items())
+        modules = (_wire_bytes(name, r * self._features(name), self.global_dtype) for name, r in held.items())
+        return self._file_bytes(modules, self.global_dtype)
 
     @cached_property
     def _num_blocks(self) -> int:
@@ -223,12 +225,8 @@ class CostModel:
         each = cost.per_token_feature_seconds + cost.per_token_rank_seconds * rank if rank else 0.0
         return each * self._features(module)
 
-    def _file_bytes(self, modules: Iterable[float]) -> int:
-        return round(self.shape.head_parameters * WIRE_BYTES[self.wire_dtype] + sum(modules))
-
-    def _wire_bytes(self, module: str, values: int) -> float:
-        header = HEADER_BYTES[self.wire_dtype] + HEADER_NAMES[self.wire_dtype] * len(module)
-        return values * WIRE_BYTES[self.wire_dtype] + header
+    def _file_bytes(self, modules: Iterable[float], dtype: str) -> int:
+        return round(self.shape.head_parameters * WIRE_BYTES[dtype] + sum(modules))
 
     def _trained_features(self, module: str) -> int:
         return self.shape.modules[module].out_features if self.frozen_a else self._features(module)
@@ -246,6 +244,11 @@ class CostModel:
             return 2 * value * self.shape.output_features * tokens / longest
         shorter = 2 * value if value < 4 else 0
         return (LOGIT_BYTES + shorter) * self.shape.output_features * min(tokens, SCORED_AT_ONCE)
+
+
+def _wire_bytes(module: str, values: int, dtype: str) -> float:
+    """Of a module's numbers in an encoded adapter, with its part of the header."""
+    return values * WIRE_BYTES[dtype] + HEADER_BYTES[dtype] + HEADER_NAMES[dtype] * len(module)
 
 
 def base_bytes(shape: ModelShape, bits: int, value_bytes: int) -> float:

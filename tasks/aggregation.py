@@ -78,22 +78,13 @@ def _combined(reader: "UpdateReader", asked: Collection[str]) -> Combination:
     used = {update.edge_id: hashes[update.edge_id] for update in counted}
     adapter = settled(found.adapter, previous.ranks, run.plan, {edge_id: records[edge_id] for edge_id in used})
     return Combination(
-        data=encode_adapter(adapter, wire_dtype(run.config)),
+        data=encode_adapter(adapter, run.config.exchange.global_dtype),
         ranks=adapter.ranks,
         counted=used,
         refused={edge_id: sha256 for edge_id, sha256 in hashes.items() if edge_id not in used},
         dropped=dropped,
         opposed=opposed,
     )
-
-
-def wire_dtype(config: FederationConfig) -> WireDtype:
-    """Number format of global adapters: never shorter than bf16.
-
-    Edges keep what a short format leaves out of their updates; nobody keeps it for the global adapter, which every
-    round builds on.
-    """
-    return "fp32" if config.exchange.dtype == "fp32" else "bf16"
 
 
 def update_record(

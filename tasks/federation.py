@@ -24,7 +24,7 @@ from fedpipe_core.profile_schemas import EdgeProfile
 from fedpipe_core.schemas import FederationRecord, GlobalRecord, UpdateRecord
 from fedpipe_core.wire import encode_adapter
 from tasks import progress
-from tasks.aggregation import Combination, StoredRun, combine_updates, update_record, wire_dtype
+from tasks.aggregation import Combination, StoredRun, combine_updates, update_record
 from tasks.coordinator import Coordinator
 from tasks.edge import dense_base, read_global
 from tasks.keys import is_key
@@ -132,7 +132,7 @@ def publish_first_adapter(coordinator: Coordinator, federation_plan: FederationP
     ranks = dict.fromkeys(federation_plan.planned_modules, federation_plan.largest_rank)
     shapes = method_shape(coordinator.shape, coordinator.config).modules
     adapter = coordinator.form.first(coordinator.base.model, shapes, ranks, coordinator.config.seed)
-    data = encode_adapter(adapter, wire_dtype(coordinator.config))
+    data = encode_adapter(adapter, coordinator.config.exchange.global_dtype)
     _publish_adapter(coordinator, 1, Combination(data, adapter.ranks, {}, {}, {}, ()))
 
 
