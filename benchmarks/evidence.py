@@ -3,8 +3,8 @@
 Run `python benchmarks/evidence.py [--task NAME ...] [--part main|spread|edges|ablations] [--setting NAME ...]
 [--partition NAME ...] [--seeds N] [--json]`. The protocol is docs/evidence.md. Every run is kept under
 `benchmarks/results/evidence-TASK.json` as soon as it is done, so a set that was stopped goes on where it was, and a
-second call only prints. `--reduced` is what `make evidence` runs: less time and two rates, kept in `.fedpipe`; and of the
-main part, unless told otherwise, CLINC150 by domain on unequal edges with one seed. `--quick` keeps nothing.
+second call only prints. `--reduced` is what `make evidence` runs: less time and two rates, kept in `.fedpipe`, and of
+the main part, unless told otherwise, CLINC150 by domain on unequal edges with one seed. `--quick` keeps nothing.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 """What shorter number formats cost: bytes of every round, final loss and accuracy of one federation in each format.
 
 Run `python benchmarks/wire_formats.py [--json] [--quick]`. The federation is that of `aggregation_quality` under
-delta_svd, from one seed. The global adapter travels as bf16 in all rows but the first. Runs are kept under
-`benchmarks/results`, so a second call only prints. `--quick` trains hardly anything and keeps nothing.
+delta_svd, from one seed. The global adapter travels in the format of the updates, and as int8 where these are nf4.
+Runs are kept under `benchmarks/results`, so a second call only prints. `--quick` trains hardly anything and keeps
+nothing.
 """
 
 from collections.abc import Mapping

@@ -19,7 +19,7 @@ from fedpipe_core.plan_schemas import EdgePlan, FederationPlan
 from fedpipe_core.schemas import FailureRecord, GlobalRecord, UpdateRecord
 from fedpipe_core.trials import settled
 from fedpipe_core.update_checks import check_update, screen_updates
-from fedpipe_core.wire import WireDtype, encode_adapter
+from fedpipe_core.wire import encode_adapter
 from fedpipe_core.wire_updates import decode_update, open_update
 from tasks.edge import edge_start, read_global
 from tasks.records import RunKeys, get_data, get_data_file, get_record

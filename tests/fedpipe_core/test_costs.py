@@ -138,7 +138,8 @@ def test_upload_bytes_match_the_encoded_adapter(dtype):
     shape = ENCODER.model_copy(update={"head_parameters": 0})
     adapter = initial_adapter({name: shape.modules[name] for name in ranks}, 4, {}, seed=0)
     encoded = len(encode_adapter(adapter, dtype))
-    assert CostModel(shape, PROFILE, wire_dtype=dtype).upload_bytes(ranks) == pytest.approx(encoded, rel=0.05)
+    costs = CostModel(shape, PROFILE, wire_dtype=dtype, global_dtype=dtype)
+    assert costs.upload_bytes(ranks) == costs.download_bytes(ranks) == pytest.approx(encoded, rel=0.05)
 
 
 def test_training_b_alone_saves_gradients_input_time_and_upload_but_no_download():

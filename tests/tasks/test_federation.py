@@ -1,18 +1,21 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_federation import EDGES
-from tiny_steps import coordinator_at
+from tiny_steps import after_a_round, coordinator_at
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ConfigError, PlanError, QuorumError
 from fedpipe_core.plan_schemas import FederationPlan, SavedPlan
 from fedpipe_core.schemas import FederationRecord, GlobalRecord
+from fedpipe_core.wire import decode_adapter
 from tasks import edge, federation
 from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession, read_global
 from tasks.federation import open_federation
+from tasks.plans import plan_at
 from tasks.records import RunKeys, get_record
 
 
@@ -132,6 +135,22 @@ def test_first_adapter_changes_nothing_and_is_published_once(coordinator: Coordi
     assert all(not factors.B.any() for factors in adapter.factors.values())
     federation.publish_first_adapter.fn(coordinator, plan)
     assert read_global(coordinator.store, coordinator.keys, 1)[0] == record
+
+
+@pytest.mark.usefixtures("run_logger_off")
+@pytest.mark.parametrize(("updates", "adapters"), [("fp32", "F32"), ("bf16", "BF16"), ("int8", "U8"), ("nf4", "U8")])
+def test_global_adapters_travel_as_short_as_updates_but_no_shorter_than_int8(
+    tiny_config: FederationConfig, tmp_path: Path, updates: str, adapters: str
+) -> None:
+    exchange = tiny_config.exchange.model_copy(update={"dtype": updates})
+    coordinator, _ = after_a_round(tiny_config.model_copy(update={"exchange": exchange}), tmp_path)
+    plan = plan_at(coordinator.store, coordinator.keys, 1)
+    made = federation.aggregate_round.fn(coordinator, plan, 1)
+    for record in (read_global(coordinator.store, coordinator.keys, 1)[0], made):
+        stored = coordinator.store.get(record.adapter.key)
+        header = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
+        assert adapters in {entry.get("dtype") for entry in header.values()}
+        assert decode_adapter(stored).ranks == record.ranks
 
 
 def test_aggregate_counts_every_edge_and_is_published_once(
