@@ -43,5 +43,10 @@ def finish(as_json: bool, results: Mapping[str, Any], checks: Sequence[Check], t
         return
     print(text)
     for check in checks:
-        verdict = "ok" if check["ok"] else "MISSED"
-        print(f"{check['name']}: {check['value']:.4g} (target {check['target']:g}) {verdict}")
+        print(told(check))
+
+
+def told(check: Check) -> str:
+    """A check in a line."""
+    verdict = "ok" if check["ok"] else "MISSED"
+    return f"{check['name']}: {check['value']:.4g} (target {check['target']:g}) {verdict}"

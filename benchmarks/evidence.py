@@ -1,279 +1,91 @@
 """The claims on public data: FedPipe beside full fine-tuning, uniform LoRA and FedAdapter, at equal simulated time.
 
 Run `python benchmarks/evidence.py [--task NAME ...] [--part main|spread|edges|ablations] [--setting NAME ...]
-[--partition NAME ...] [--seeds N] [--json]`. The protocol is docs/evidence.md. Every run is kept under
-`benchmarks/results/evidence-TASK.json` as soon as it is done, so a set that was stopped goes on where it was, and a
-second call only prints. `--reduced` is what `make evidence` runs: less time and two rates, kept in `.fedpipe`, and of
-the main part, unless told otherwise, CLINC150 by domain on unequal edges with one seed. `--quick` keeps nothing.
+[--partition NAME ...] [--seeds N] [--results FOLDER] [--json]`. The protocol is docs/evidence.md. Every run is kept
+under `benchmarks/results/evidence-TASK.json` as soon as it is done, so a set that was stopped goes on where it was, and
+a second call only prints; pictures lie in `.fedpipe`. `--reduced` is what `make evidence` runs: less time and two
+rates, kept in `.fedpipe`, and of the main part, unless told otherwise, CLINC150 by domain on unequal edges with one
+seed. `--quick` keeps nothing.
 """
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
-from common import Check, at_least, at_most, finish, markdown_table, parser
-from evidence_cases import (
-    ABLATIONS,
-    FEDLORA,
-    FEDPIPE,
-    FULL,
-    HETEROGENEOUS,
-    HOMOGENEOUS,
-    METHODS,
-    SPEEDS,
-    Case,
-    Task,
-    make_config,
-    read_task,
-    slowdowns,
-)
-from federations import FOLDER, IMAGES, Results, Run, config_hash
-from simulated_clock import Setting, core_of, simulate, spread
+from common import Check, finish, parser
+from evidence_cases import HETEROGENEOUS, SPEEDS, Task, read_task
+from evidence_plots import draw
+from evidence_rows import Bench, Row, ablation_checks, checks, lead_checks, main_rows, sweep_rows, table
+from federations import FOLDER, Results
 
 QUICK = {"budget_seconds": 12.0, "rates": (0.004,)}
 QUICK_CHANGES = {"training.examples_per_round": 16, "evaluation.examples_per_round": 40}
 TASKS = ("clinc150", "snips", "e2e")
 SEEDS = 3
-SPREADS = (1.0, 2.0, 4.0, 8.0, 16.0)
-EDGE_COUNTS = (5, 10, 20)
-MIB = 2**20
+PICTURES = Path(".fedpipe")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method in one place over the seeds: medians, and the range of the metric at the end."""
+class Section:
+    """What one task comes to in one part."""
 
-    place: str
-    method: str
-    rate: float
-    seeds: int
-    seconds_to_target: float | None
-    value: float
-    worst: float
-    best: float
-    rounds: int
-    edges: int
-    round_spread: float
-    under_training: float
-    trained_parameters: int
-    mib_up: float
-    mib_down: float
-    mib_to_target: float | None
-    peak_mib: float
-    profile_share: float
+    bench: Bench
+    rows: list[Row]
+    checks: list[Check]
 
 
-class Bench:
-    """Runs of one task: each is kept by its name and config, and made only where it is not there yet."""
-
-    def __init__(self, task: Task, results: Results):
-        self.task, self.results = task, results
-        first = Case(HOMOGENEOUS, next(iter(task.partitions)), FEDPIPE, task.rates[0])
-        self._core = core_of(make_config(task, first), results)
-
-    def run(self, case: Case) -> Run:
-        """The run of a case."""
-        config = make_config(self.task, case)
-        setting = Setting(self.task.budget_seconds, slowdowns(case), *self._core, strict=True)
-        key = f"{config_hash(config)}, {self.task.budget_seconds:g} s, {sorted(slowdowns(case).values())}"
-        return self.results.kept(case.name, key, lambda: simulate(config, setting))
-
-    def best_rate(self, case: Case) -> float:
-        """The rate of the grid whose run, with seed 0, ends with the least loss on the edges' validation rows."""
-        tried = {rate: self.run(replace(case, rate=rate, seed=0)) for rate in self.task.rates}
-        return min(tried, key=lambda rate: _validation_loss(tried[rate]))
-
-    def target(self, partition: str) -> float | None:
-        """The share of full fine-tuning's last value, on equal edges that all hold it."""
-        case = Case(HOMOGENEOUS, partition, FULL, self.task.rates[0])
-        value = _last(self.run(replace(case, rate=self.best_rate(case))), self.task.metric)
-        return None if value is None else self.task.target(value)
-
-    def row(self, place: str, case: Case, seeds: int, target: float | None) -> Row:
-        """A case with every seed."""
-        runs = [self.run(replace(case, seed=seed)) for seed in range(seeds)]
-        values = [run["final"][self.task.metric] for run in runs]
-        reached = [self._rounds_to(run, target) for run in runs]
-        found = [(run["rounds"][r - 1]["clock"], _mib(run, r)) for run, r in zip(runs, reached, strict=True) if r]
-        all_reached = len(found) == len(runs)
-        order = sorted(values, reverse=self.task.higher_is_better)
-        plans = [list(run["plan"].values()) for run in runs]
-        return Row(
-            place=place,
-            method=case.method,
-            rate=case.rate,
-            seeds=seeds,
-            seconds_to_target=median(seconds for seconds, _ in found) if all_reached else None,
-            value=median(values),
-            worst=order[-1],
-            best=order[0],
-            rounds=round(median(len(run["rounds"]) for run in runs)),
-            edges=round(median(len(plan) for plan in plans)),
-            round_spread=median(spread(run) if run["rounds"] else 0.0 for run in runs),
-            under_training=median(sum(p["under_training"] for p in plan) / len(plan) for plan in plans),
-            trained_parameters=round(median(sum(p["trained_parameters"] for p in plan) / len(plan) for plan in plans)),
-            mib_up=median(sum(r["upload_bytes"] for r in run["rounds"]) for run in runs) / MIB,
-            mib_down=median(sum(r["download_bytes"] for r in run["rounds"]) for run in runs) / MIB,
-            mib_to_target=median(mib for _, mib in found) if all_reached else None,
-            peak_mib=median(max(p["predicted_memory_mib"] for p in plan) for plan in plans),
-            profile_share=median(r["profile_seconds"] + r["planning_seconds"] for r in runs) / self.task.budget_seconds,
-        )
-
-    def _rounds_to(self, run: Run, target: float | None) -> int | None:
-        """Rounds until the target is reached, None where it is not."""
-        values = [r[self.task.metric] for r in run["rounds"]] if target is not None else []
-        return next((i + 1 for i, value in enumerate(values) if self.task.reached(value, target or 0.0)), None)
+def sections(options: argparse.Namespace, kept_only: bool = False) -> Iterator[Section]:
+    """Every task's rows and checks. With `kept_only` a run that is not kept is a LookupError and not made."""
+    small = options.quick or options.reduced
+    for name in options.task or (["clinc150"] if small else TASKS):
+        task = _sized(read_task(name), options)
+        file = None if options.quick else options.results / f"evidence-{task.name}.json"
+        bench = Bench(task, Results(file), kept_only)
+        if options.part != "main":
+            rows = sweep_rows(bench, options.part)
+            found = {"spread": lead_checks, "ablations": ablation_checks}.get(options.part)
+            yield Section(bench, rows, found(task, rows) if found else [])
+            continue
+        settings = options.setting or ([HETEROGENEOUS] if small else list(SPEEDS))
+        partitions = options.partition or (["domain"] if small else list(task.partitions))
+        rows = main_rows(bench, settings, partitions, options.seeds or (1 if small else SEEDS))
+        yield Section(bench, rows, checks(task, rows))
 
 
-def _mib(run: Run, rounds: int) -> float:
-    """What the first rounds moved, up and down."""
-    return sum(r["upload_bytes"] + r["download_bytes"] for r in run["rounds"][:rounds]) / MIB
+def _sized(task: Task, options: argparse.Namespace) -> Task:
+    if options.quick:
+        return replace(task, **QUICK, changes={**task.changes, **QUICK_CHANGES})
+    return replace(task, name=f"{task.name}-reduced", **task.reduced) if options.reduced else task
 
 
-def _validation_loss(run: Run) -> float:
-    return run["rounds"][-1]["validation_loss"] if run["rounds"] else float("inf")
-
-
-def _last(run: Run, metric: str) -> float | None:
-    return run["rounds"][-1][metric] if run["rounds"] else None
-
-
-def main_rows(bench: Bench, settings: Sequence[str], partitions: Sequence[str], seeds: int) -> list[Row]:
-    """All methods in every setting, each with its best rate."""
-    rows = []
-    for partition in partitions:
-        target = bench.target(partition)
-        for setting in settings:
-            for method in METHODS:
-                case = Case(setting, partition, method, bench.task.rates[0])
-                best = replace(case, rate=bench.best_rate(case))
-                rows.append(bench.row(f"{setting}, {partition}", best, seeds, target))
-    return rows
-
-
-def sweep_rows(bench: Bench, part: str) -> list[Row]:
-    """One seed over the spread of speeds, the number of edges, or FedPipe's parts; rates are those of the main part."""
-    partition = "dirichlet" if part == "edges" else "domain"
-    base = Case(HETEROGENEOUS, partition, FEDPIPE, bench.task.rates[0])
-    target = bench.target(partition)
-    rates = {method: bench.best_rate(replace(base, method=method)) for method in METHODS}
-    if part == "ablations":
-        cases = [("whole", base), *(("without", replace(base, method=name)) for name in ABLATIONS)]
-        return [bench.row(where, replace(case, rate=rates[FEDPIPE]), 1, target) for where, case in cases]
-    places = (
-        [(f"speeds 1 to {s:g}", replace(base, slowest=s)) for s in SPREADS]
-        if part == "spread"
-        else [(f"{count} edges", replace(base, edges=count)) for count in EDGE_COUNTS]
-    )
-    return [bench.row(p, replace(c, method=m, rate=rates[m]), 1, target) for p, c in places for m in METHODS]
-
-
-def checks(task: Task, rows: Sequence[Row]) -> list[Check]:
-    """The aims, in the heterogeneous setting; who does not reach the target is counted with the whole budget."""
-    found: list[Check] = []
-    for place in dict.fromkeys(row.place for row in rows if row.place.startswith(HETEROGENEOUS)):
-        here = {row.method: row for row in rows if row.place == place}
-        ours, others = here[FEDPIPE], [row for name, row in here.items() if name != FEDPIPE]
-        for other in others if ours.seconds_to_target else ():
-            ratio = (other.seconds_to_target or task.budget_seconds) / (ours.seconds_to_target or 1.0)
-            aim = 2.0 if other.method == FEDLORA else 1.0
-            found.append(at_least(f"{place}: time of {other.method} over ours", ratio, aim))
-        sign = 1.0 if task.higher_is_better else -1.0
-        lead = sign * ours.best - max(sign * row.worst for row in others)
-        found.append(at_least(f"{place}: our best end less the best other's worst", lead, 0.0))
-        uniform = here[FEDLORA]
-        parameters = ours.trained_parameters / uniform.trained_parameters
-        moved = (ours.mib_up + ours.mib_down) / ((uniform.mib_up + uniform.mib_down) or 1.0)
-        found.append(at_most(f"{place}: parameters over fedlora's", parameters, 0.5))
-        if ours.mib_to_target and uniform.mib_to_target:
-            to_target = ours.mib_to_target / uniform.mib_to_target
-            found.append(at_most(f"{place}: bytes to the target over fedlora's", to_target, 0.5))
-        found.append(at_most(f"{place}: bytes in equal time over fedlora's", moved, 0.5))
-    return found
-
-
-def table(task: Task, rows: Sequence[Row]) -> str:
-    """The table in Markdown."""
-    head = ["where", "method", "rate", "seeds", "s to target", task.metric, "range", "rounds", "edges", "spread"]
-    head += ["left over", "parameters", "MiB up", "MiB down", "to target", "peak MiB", "profiling"]
-    return markdown_table(head, [_cells(row) for row in rows])
-
-
-def _cells(row: Row) -> list[str]:
-    return [
-        *(row.place, row.method, f"{row.rate:g}", str(row.seeds)),
-        "not reached" if row.seconds_to_target is None else f"{row.seconds_to_target:.0f}",
-        *(f"{row.value:.3f}", f"{row.worst:.3f}–{row.best:.3f}", str(row.rounds), str(row.edges)),
-        *(f"{row.round_spread:.0%}", f"{row.under_training:.0%}", f"{row.trained_parameters:,}"),
-        *(f"{row.mib_up:.1f}", f"{row.mib_down:.1f}"),
-        "" if row.mib_to_target is None else f"{row.mib_to_target:.1f}",
-        *(f"{row.peak_mib:.0f}", f"{row.profile_share:.1%}"),
-    ]
-
-
-def plot(bench: Bench, rows: Sequence[Row], settings: Sequence[str], partitions: Sequence[str], folder: Path) -> None:
-    """A picture per setting and partition: the metric against simulated time and bytes, one line a method, seed 0."""
-    from matplotlib.figure import Figure
-
-    rates = {(row.place, row.method): row.rate for row in rows}
-    for setting in settings:
-        for partition in partitions:
-            figure = Figure(figsize=(9, 3.6), layout="constrained")
-            by_time, by_bytes = figure.subplots(1, 2, sharey=True)
-            for method in METHODS:
-                rate = rates[f"{setting}, {partition}", method]
-                rounds = bench.run(Case(setting, partition, method, rate))["rounds"]
-                moved = [found["upload_bytes"] + found["download_bytes"] for found in rounds]
-                values = [found[bench.task.metric] for found in rounds]
-                by_time.plot([found["clock"] for found in rounds], values, marker=".", label=method)
-                by_bytes.plot([sum(moved[: i + 1]) / MIB for i in range(len(moved))], values, marker=".")
-            by_time.set(xlabel="simulated seconds", ylabel=bench.task.metric)
-            by_bytes.set(xlabel="MiB moved", xscale="log")
-            by_time.legend()
-            figure.savefig(folder / f"evidence-{bench.task.name}-{setting}-{partition}.png", dpi=110)
-
-
-def _arguments() -> Any:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line asks for."""
     options = parser(__doc__)
     options.add_argument("--task", nargs="+", default=[], help="names or files of tasks; all, or clinc150 when reduced")
     options.add_argument("--part", choices=("main", "spread", "edges", "ablations"), default="main")
     options.add_argument("--seeds", type=int, help=f"number of seeds of the main part: {SEEDS}, or 1 of a reduced set")
     options.add_argument("--setting", nargs="+", choices=SPEEDS, default=[], help="of the main part; all when left out")
     options.add_argument("--partition", nargs="+", default=[], help="of the main part; all of a task when left out")
+    options.add_argument("--results", type=Path, help="folder of the runs that are kept; .fedpipe of a reduced set")
     options.add_argument("--reduced", action="store_true", help="one task and setting in less than 30 minutes")
     options.add_argument("--quick", action="store_true", help="train hardly anything, keep nothing")
-    return options.parse_args()
+    found = options.parse_args(arguments)
+    found.results = found.results or (Path(".fedpipe") if found.reduced else FOLDER / "results")
+    return found
 
 
 def main() -> None:
     """Print each task's table and checks."""
-    options = _arguments()
+    options = parse()
     torch.set_num_threads(1)
-    small = options.quick or options.reduced
-    tables: list[str] = []
-    document: dict[str, Any] = {"part": options.part, "tasks": {}}
-    found: list[Check] = []
-    for name in options.task or (["clinc150"] if small else TASKS):
-        task = read_task(name)
-        if options.quick:
-            task = replace(task, **QUICK, changes={**task.changes, **QUICK_CHANGES})
-        elif options.reduced:
-            task = replace(task, **task.reduced)
-        kept = Path(".fedpipe") if options.reduced else FOLDER / "results"
-        bench = Bench(task, Results(None if options.quick else kept / f"evidence-{task.name}.json"))
-        settings = options.setting or ([HETEROGENEOUS] if small else list(SPEEDS))
-        places = settings, options.partition or (["domain"] if small else list(task.partitions))
-        seeds = options.seeds or (1 if small else SEEDS)
-        rows = main_rows(bench, *places, seeds) if options.part == "main" else sweep_rows(bench, options.part)
-        if options.part == "main" and not options.quick:
-            plot(bench, rows, *places, kept if options.reduced else IMAGES)
-        found += checks(task, rows) if options.part == "main" else []
-        tables.append(table(task, rows))
-        document["tasks"][task.name] = [asdict(row) for row in rows]
-    finish(options.json, document, found, "\n\n".join(tables))
+    made = list(sections(options))
+    for section in () if options.quick else made:
+        draw(section.bench, options.part, section.rows, PICTURES)
+    document = {"part": options.part, "tasks": {s.bench.task.name: [asdict(row) for row in s.rows] for s in made}}
+    text = "\n\n".join(table(section.bench.task, section.rows) for section in made)
+    finish(options.json, document, [check for section in made for check in section.checks], text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,231 @@
+"""What evidence rests on: runs, kept one by one, the rows of its tables and the verdicts over them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import median
+
+from common import Check, at_least, at_most, markdown_table
+from evidence_cases import (
+    ABLATIONS,
+    FEDLORA,
+    FEDPIPE,
+    FULL,
+    HETEROGENEOUS,
+    HOMOGENEOUS,
+    METHODS,
+    Case,
+    Task,
+    make_config,
+    slowdowns,
+)
+from federations import Results, Run, config_hash
+from simulated_clock import Setting, Yardstick, core_of, simulate, spread
+
+from fedpipe_core.config import FederationConfig
+from fedpipe_core.profile_schemas import StepCost
+
+SPREADS = (1.0, 2.0, 4.0, 8.0, 16.0)
+EDGE_COUNTS = (5, 10, 20)
+SWEPT = (FEDPIPE, FEDLORA)
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in one place over the seeds: medians, and the range of the metric at the end."""
+
+    place: str
+    method: str
+    rate: float
+    seeds: int
+    seconds_to_target: float | None
+    value: float
+    worst: float
+    best: float
+    rounds: int
+    edges: int
+    round_spread: float
+    under_training: float
+    trained_parameters: int
+    mib_up: float
+    mib_down: float
+    mib_to_target: float | None
+    peak_mib: float
+    profile_share: float
+
+
+class Bench:
+    """Runs of one task: each is kept by its name and config, and made only where it is not there yet."""
+
+    def __init__(self, task: Task, results: Results, kept_only: bool = False):
+        self.task, self.results, self._kept_only = task, results, kept_only
+
+    def run(self, case: Case) -> Run:
+        """The run of a case."""
+        config = make_config(self.task, case)
+        key = f"{config_hash(config)}, {self.task.budget_seconds:g} s, {sorted(slowdowns(case).values())}"
+        return self.results.kept(case.name, key, lambda: self._made(case, config))
+
+    def _made(self, case: Case, config: FederationConfig) -> Run:
+        if self._kept_only:
+            raise LookupError(
+                f"{self.task.name}: {case.name} was not run with the config that it has now; run evidence.py"
+            )
+        return simulate(config, Setting(self.task.budget_seconds, slowdowns(case), *self._core, strict=True))
+
+    @cached_property
+    def _core(self) -> tuple[StepCost, Yardstick]:
+        first = Case(HOMOGENEOUS, next(iter(self.task.partitions)), FEDPIPE, self.task.rates[0])
+        return core_of(make_config(self.task, first), self.results)
+
+    def best_rate(self, case: Case) -> float:
+        """The rate of the grid whose run, with seed 0, ends with the least loss on the edges' validation rows."""
+        tried = {rate: self.run(replace(case, rate=rate, seed=0)) for rate in self.task.rates}
+        return min(tried, key=lambda rate: _validation_loss(tried[rate]))
+
+    def target(self, partition: str) -> float | None:
+        """The share of full fine-tuning's last value, on equal edges that all hold it."""
+        case = Case(HOMOGENEOUS, partition, FULL, self.task.rates[0])
+        value = _last(self.run(replace(case, rate=self.best_rate(case))), self.task.metric)
+        return None if value is None else self.task.target(value)
+
+    def row(self, place: str, case: Case, seeds: int, target: float | None) -> Row:
+        """A case with every seed."""
+        runs = [self.run(replace(case, seed=seed)) for seed in range(seeds)]
+        values = [run["final"][self.task.metric] for run in runs]
+        reached = [self._rounds_to(run, target) for run in runs]
+        found = [(run["rounds"][r - 1]["clock"], _mib(run, r)) for run, r in zip(runs, reached, strict=True) if r]
+        all_reached = len(found) == len(runs)
+        order = sorted(values, reverse=self.task.higher_is_better)
+        plans = [list(run["plan"].values()) for run in runs]
+        return Row(
+            place=place,
+            method=case.method,
+            rate=case.rate,
+            seeds=seeds,
+            seconds_to_target=median(seconds for seconds, _ in found) if all_reached else None,
+            value=median(values),
+            worst=order[-1],
+            best=order[0],
+            rounds=round(median(len(run["rounds"]) for run in runs)),
+            edges=round(median(len(plan) for plan in plans)),
+            round_spread=median(spread(run) if run["rounds"] else 0.0 for run in runs),
+            under_training=median(sum(p["under_training"] for p in plan) / len(plan) for plan in plans),
+            trained_parameters=round(median(sum(p["trained_parameters"] for p in plan) / len(plan) for plan in plans)),
+            mib_up=median(sum(r["upload_bytes"] for r in run["rounds"]) for run in runs) / MIB,
+            mib_down=median(sum(r["download_bytes"] for r in run["rounds"]) for run in runs) / MIB,
+            mib_to_target=median(mib for _, mib in found) if all_reached else None,
+            peak_mib=median(max(p["predicted_memory_mib"] for p in plan) for plan in plans),
+            profile_share=median(r["profile_seconds"] + r["planning_seconds"] for r in runs) / self.task.budget_seconds,
+        )
+
+    def _rounds_to(self, run: Run, target: float | None) -> int | None:
+        """Rounds until the target is reached, None where it is not."""
+        values = [r[self.task.metric] for r in run["rounds"]] if target is not None else []
+        return next((i + 1 for i, value in enumerate(values) if self.task.reached(value, target or 0.0)), None)
+
+
+def _mib(run: Run, rounds: int) -> float:
+    """What the first rounds moved, up and down."""
+    return sum(r["upload_bytes"] + r["download_bytes"] for r in run["rounds"][:rounds]) / MIB
+
+
+def _validation_loss(run: Run) -> float:
+    return run["rounds"][-1]["validation_loss"] if run["rounds"] else float("inf")
+
+
+def _last(run: Run, metric: str) -> float | None:
+    return run["rounds"][-1][metric] if run["rounds"] else None
+
+
+def main_rows(bench: Bench, settings: Sequence[str], partitions: Sequence[str], seeds: int) -> list[Row]:
+    """All methods in every setting, each with its best rate."""
+    rows = []
+    for partition in partitions:
+        target = bench.target(partition)
+        for setting in settings:
+            for method in METHODS:
+                case = Case(setting, partition, method, bench.task.rates[0])
+                best = replace(case, rate=bench.best_rate(case))
+                rows.append(bench.row(f"{setting}, {partition}", best, seeds, target))
+    return rows
+
+
+def sweep_rows(bench: Bench, part: str) -> list[Row]:
+    """One seed over the spread of speeds, the number of edges, or FedPipe's parts; rates are those of the main part.
+
+    Swept are the two that train low-rank adapters.
+    """
+    partition = "dirichlet" if part == "edges" else "domain"
+    base = Case(HETEROGENEOUS, partition, FEDPIPE, bench.task.rates[0])
+    target = bench.target(partition)
+    rates = {method: bench.best_rate(replace(base, method=method)) for method in SWEPT}
+    if part == "ablations":
+        cases = [("whole", base), *(("without", replace(base, method=name)) for name in ABLATIONS)]
+        return [bench.row(where, replace(case, rate=rates[FEDPIPE]), 1, target) for where, case in cases]
+    places = (
+        [(f"speeds 1 to {s:g}", replace(base, slowest=s)) for s in SPREADS]
+        if part == "spread"
+        else [(f"{count} edges", replace(base, edges=count)) for count in EDGE_COUNTS]
+    )
+    return [bench.row(p, replace(c, method=m, rate=rates[m]), 1, target) for p, c in places for m in SWEPT]
+
+
+def checks(task: Task, rows: Sequence[Row]) -> list[Check]:
+    """The aims, in the heterogeneous setting; who does not reach the target is counted with the whole budget."""
+    found: list[Check] = []
+    for place in dict.fromkeys(row.place for row in rows if row.place.startswith(HETEROGENEOUS)):
+        here = {row.method: row for row in rows if row.place == place}
+        ours, others = here[FEDPIPE], [row for name, row in here.items() if name != FEDPIPE]
+        for other in others if ours.seconds_to_target else ():
+            ratio = (other.seconds_to_target or task.budget_seconds) / (ours.seconds_to_target or 1.0)
+            aim = 2.0 if other.method == FEDLORA else 1.0
+            found.append(at_least(f"{place}: time of {other.method} over ours", ratio, aim))
+        sign = 1.0 if task.higher_is_better else -1.0
+        lead = sign * ours.best - max(sign * row.worst for row in others)
+        found.append(at_least(f"{place}: our best end less the best other's worst", lead, 0.0))
+        uniform = here[FEDLORA]
+        parameters = ours.trained_parameters / uniform.trained_parameters
+        moved = (ours.mib_up + ours.mib_down) / ((uniform.mib_up + uniform.mib_down) or 1.0)
+        found.append(at_most(f"{place}: parameters over fedlora's", parameters, 0.5))
+        if ours.mib_to_target and uniform.mib_to_target:
+            to_target = ours.mib_to_target / uniform.mib_to_target
+            found.append(at_most(f"{place}: bytes to the target over fedlora's", to_target, 0.5))
+        found.append(at_most(f"{place}: bytes in equal time over fedlora's", moved, 0.5))
+    return found
+
+
+def table(task: Task, rows: Sequence[Row]) -> str:
+    """The table in Markdown."""
+    head = ["where", "method", "rate", "seeds", "s to target", task.metric, "range", "rounds", "edges", "spread"]
+    head += ["left over", "parameters", "MiB up", "MiB down", "to target", "peak MiB", "profiling"]
+    return markdown_table(head, [_cells(row) for row in rows])
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        *(row.place, row.method, f"{row.rate:g}", str(row.seeds)),
+        "not reached" if row.seconds_to_target is None else f"{row.seconds_to_target:.0f}",
+        *(f"{row.value:.3f}", f"{row.worst:.3f}–{row.best:.3f}", str(row.rounds), str(row.edges)),
+        *(f"{row.round_spread:.0%}", f"{row.under_training:.0%}", f"{row.trained_parameters:,}"),
+        *(f"{row.mib_up:.1f}", f"{row.mib_down:.1f}"),
+        "" if row.mib_to_target is None else f"{row.mib_to_target:.1f}",
+        *(f"{row.peak_mib:.0f}", f"{row.profile_share:.1%}"),
+    ]
+
+
+def lead_checks(task: Task, rows: Sequence[Row]) -> list[Check]:
+    """Of the sweep over speeds: whether the lead over uniform LoRA grows with their spread."""
+    leads = []
+    for place in (rows[0].place, rows[-1].place):
+        here = {row.method: row.seconds_to_target or task.budget_seconds for row in rows if row.place == place}
+        leads.append(here[FEDLORA] / here[FEDPIPE])
+    return [at_least(f"lead over fedlora at {rows[-1].place} over that at {rows[0].place}", leads[1] / leads[0], 1.0)]
+
+
+def ablation_checks(task: Task, rows: Sequence[Row]) -> list[Check]:
+    """Whether anything that leaves a part out is sooner at the target than the whole."""
+    seconds = {row.method: row.seconds_to_target or task.budget_seconds for row in rows}
+    ours = seconds.pop(FEDPIPE)
+    return [at_least(f"time of {method} over the whole's", found / ours, 1.0) for method, found in seconds.items()]
