@@ -37,3 +37,23 @@ def test_a_target_is_a_share_of_what_is_better(monkeypatch: pytest.MonkeyPatch) 
     assert loss.target(1.9) == pytest.approx(2.0)
     assert loss.reached(1.99, 2.0)
     assert not loss.reached(2.01, 2.0)
+
+
+def test_the_page_shows_what_the_kept_runs_come_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from evidence_page import PAGE, made_anew
+
+    page = PAGE.read_text(encoding="utf-8")
+    assert made_anew(page, tmp_path) == page
+    drawn = {picture.name for picture in tmp_path.iterdir()}
+    assert drawn
+    assert all(f"images/{name}" in page and (PAGE.parent / "images" / name).is_file() for name in drawn)
+
+
+def test_a_page_never_runs_what_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from evidence import parse, sections
+
+    with pytest.raises(LookupError, match="homogeneous/domain/full/.* was not run"):
+        list(sections(parse(["--reduced", "--results", str(tmp_path)]), kept_only=True))
+    assert not list(tmp_path.iterdir())
