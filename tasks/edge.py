@@ -5,7 +5,8 @@ mode.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from fedpipe_core.low_rank import LowRank
 from fedpipe_core.plan_schemas import EdgePlan
 from fedpipe_core.profile_schemas import ModelShape
 from fedpipe_core.profiling import profile_edge
-from fedpipe_core.schemas import FailureRecord, GlobalRecord, UpdateRecord
+from fedpipe_core.schemas import DataReference, FailureRecord, GlobalRecord, UpdateRecord
 from fedpipe_core.seeding import derive_seed
 from fedpipe_core.training import TrainingReport, rate_factor, train
 from fedpipe_core.wire import decode_adapter, encode_adapter
@@ -133,6 +134,17 @@ def edge_start(config: FederationConfig, plan: EdgePlan, adapter: Adapter, round
     return split(adapter, plan.ranks, derive_seed(config.seed, "start", round_index))
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """What came of a round's training, with the metrics on validation rows before it and, in a trial, after it."""
+
+    adapter: Adapter
+    report: TrainingReport
+    metrics: dict[str, float]
+    trained_metrics: dict[str, float]
+    peak_memory_bytes: int
+
+
 def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
     torch.set_num_threads(session.machine.threads)
     session.begin_round(round_index)
@@ -141,17 +153,9 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
     record, adapter = read_global(session.store, keys, round_index, config.coordinator_signs)
     read_seconds = time.perf_counter() - started
     start, tail = edge_start(config, plan, adapter, round_index)
-    with lent_model(session.design) as model:
-        load_adapter(model, start, tail)
-        with progress.working(session.edge_id, f"train round {round_index}", plan.local_steps) as advance:
-            metrics = _judged_before(session, round_index) or _validate(session, model)
-            report = _train(session, model, round_index, advance)
-            trained_metrics = _validate(session, model) if plan.trial else {}
-        trained, peak_memory_bytes = read_adapter(model), session.measure_memory(model)
-    data, encoded = _encode(session, round_index, start, trained), time.perf_counter()
-    if session.store.exists(keys.update_record(round_index, session.edge_id)):  # it vouches for the data that is there
-        raise UpdateRefusedError(f"{session.edge_id}: another process of this edge answered round {round_index} first")
-    published = put_data(session.store, keys.update_data(round_index, session.edge_id), data)
+    trained = _trained(session, round_index, start, tail)
+    data, encoded = _encode(session, round_index, start, trained.adapter), time.perf_counter()
+    published = _put_update(session, round_index, data)
     finished = time.perf_counter()
     update = UpdateRecord(
         run=keys.run,
@@ -161,20 +165,38 @@ def _train_and_publish(session: EdgeSession, round_index: int) -> UpdateRecord:
         global_sha256=record.adapter.sha256,
         adapter=published,
         num_examples=len(session.data.train),
-        examples_processed=report.examples_processed,
-        steps=report.steps,
-        train_loss=report.loss,
-        train_seconds=report.seconds,
+        examples_processed=trained.report.examples_processed,
+        steps=trained.report.steps,
+        train_loss=trained.report.loss,
+        train_seconds=trained.report.seconds,
         round_seconds=finished - started,
         transfer_seconds=read_seconds + finished - encoded,
         started_at=started_at,
-        peak_memory_bytes=peak_memory_bytes,
+        peak_memory_bytes=trained.peak_memory_bytes,
         download_bytes=record.adapter.size_bytes,
-        metrics=metrics,
-        trained_metrics=trained_metrics,
+        metrics=trained.metrics,
+        trained_metrics=trained.trained_metrics,
     )
     put_record(session.store, keys.update_record(round_index, session.edge_id), update, session.machine.signing_key)
     return update
+
+
+def _trained(session: EdgeSession, round_index: int, start: Adapter, tail: Mapping[str, LowRank]) -> _Trained:
+    plan = session.plan
+    with lent_model(session.design) as model:
+        load_adapter(model, start, tail)
+        with progress.working(session.edge_id, f"train round {round_index}", plan.local_steps) as advance:
+            metrics = _judged_before(session, round_index) or _validate(session, model)
+            report = _train(session, model, round_index, advance)
+            trained_metrics = _validate(session, model) if plan.trial else {}
+        return _Trained(read_adapter(model), report, metrics, trained_metrics, session.measure_memory(model))
+
+
+def _put_update(session: EdgeSession, round_index: int, data: bytes) -> DataReference:
+    """Publish an update's data, unless a record vouches for the data that is there. Raises UpdateRefusedError."""
+    if session.store.exists(session.keys.update_record(round_index, session.edge_id)):
+        raise UpdateRefusedError(f"{session.edge_id}: another process of this edge answered round {round_index} first")
+    return put_data(session.store, session.keys.update_data(round_index, session.edge_id), data)
 
 
 def _judged_before(session: EdgeSession, round_index: int) -> dict[str, float]:
