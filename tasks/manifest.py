@@ -8,6 +8,8 @@ updates lead to the adapter again is `tasks.verification`'s to find out.
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import IntegrityError, ReleaseError
@@ -17,7 +19,7 @@ from fedpipe_core.result_schemas import RunResult
 from fedpipe_core.schemas import GlobalRecord, RoundRecord
 from tasks.lineage import needed_record
 from tasks.plans import plan_at, plan_keys
-from tasks.records import RunKeys, get_record
+from tasks.records import RunKeys, file_sha256, get_record
 from tasks.storage import ObjectStore
 
 READS_AT_ONCE = 16
@@ -56,10 +58,21 @@ def run_manifest(store: ObjectStore, keys: RunKeys, config: FederationConfig) ->
 def object_hashes(store: ObjectStore, keys: Iterable[str]) -> dict[str, str]:
     """Hash of each object as it is now, by key. Raises ObjectMissingError."""
     ordered = list(keys)
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        return dict(
-            zip(ordered, pool.map(lambda key: hashlib.sha256(store.get(key)).hexdigest(), ordered), strict=True)
-        )
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool, TemporaryDirectory() as folder:
+        hashes = pool.map(lambda key: _object_hash(store, key, Path(folder)), ordered)
+        return dict(zip(ordered, hashes, strict=True))
+
+
+def _object_hash(store: ObjectStore, key: str, folder: Path) -> str:
+    """Hash of a record, which is small, or of data of any size, which goes through a file."""
+    if key.endswith(".json"):
+        return hashlib.sha256(store.get(key)).hexdigest()
+    path = folder / hashlib.sha256(key.encode()).hexdigest()
+    try:
+        store.get_file(key, path)
+        return file_sha256(path)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _opening_records(store: ObjectStore, keys: RunKeys, index: int) -> list[str]:

@@ -167,7 +167,7 @@ def put_data(store: ObjectStore, key: str, data: bytes) -> DataReference:
 
 def put_data_file(store: ObjectStore, key: str, path: Path) -> DataReference:
     """Like `put_data`, streaming a file of any size."""
-    reference = DataReference(key=key, sha256=_file_sha256(path), size_bytes=path.stat().st_size)
+    reference = DataReference(key=key, sha256=file_sha256(path), size_bytes=path.stat().st_size)
     store.put_file(key, path)
     return reference
 
@@ -186,7 +186,7 @@ def get_data_file(store: ObjectStore, reference: DataReference, path: Path) -> N
     """Like `get_data`, streaming to a file, which is removed again when it is refused."""
     store.get_file(reference.key, path)
     try:
-        _check(store, reference, path.stat().st_size, _file_sha256(path))
+        _check(store, reference, path.stat().st_size, file_sha256(path))
     except IntegrityError:
         path.unlink()
         raise
@@ -271,6 +271,7 @@ def _check(store: ObjectStore, reference: DataReference, size_bytes: int, sha256
         )
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Hash of a file of any size."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
