@@ -17,6 +17,7 @@ from fedpipe_core.startup import quick_imports
 
 if TYPE_CHECKING:
     from fedpipe_core.config import FederationConfig
+    from fedpipe_core.plan_schemas import SavedPlan
     from fedpipe_core.result_schemas import RunResult
     from tasks.registry import ModelVersion
 
@@ -315,14 +316,21 @@ def _run_flow(
     config: "FederationConfig", name: str | None, resume: bool, plan: Path | None, release: bool
 ) -> "RunResult":
     with _api_starting():
-        with quick_imports():
-            from flows.federation import federated_finetune
-            from flows.planning import read_saved_plan
+        from flows.federation import federated_finetune
 
-        _load_base(config)
+        if not config.remote_edges:  # else the flow calls the edges first, and loads while they do
+            with quick_imports():
+                import flows.pipeline  # noqa: F401
+            _load_base(config)
 
-    saved = None if plan is None else read_saved_plan(plan)
+    saved = None if plan is None else _read_saved_plan(plan)
     return federated_finetune(config, name, resume, saved, release)
+
+
+def _read_saved_plan(path: Path) -> "SavedPlan":
+    from flows.planning import read_saved_plan
+
+    return read_saved_plan(path)
 
 
 def _plan_flow(config: "FederationConfig", save: Path | None) -> tuple[dict[str, Any], bool]:
