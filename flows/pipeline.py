@@ -29,32 +29,37 @@ from tasks.tracking import TrackedRun
 
 
 @dataclass(frozen=True)
-class OpenedRun:
-    """A run whose record is in the store: its coordinator, the edges of this process, and its result if it has one."""
+class LoadedRun:
+    """A run with its base and all data of this process in memory, and none of it found wrong."""
 
     coordinator: Coordinator
     sessions: Sequence[EdgeSession]
-    result: RunResult | None
 
 
-def open_run(config: FederationConfig, store: ObjectStore, keys: RunKeys, resume: bool, release: bool) -> OpenedRun:
-    """Load the base and all data, and write what the run is: no fault in either leaves a trace in the store."""
+def load_run(config: FederationConfig, store: ObjectStore, keys: RunKeys, release: bool) -> LoadedRun:
+    """Load the base and all data, to find faults in them before the run leaves a trace in the store."""
     if release:
         require_releasable(config)
     coordinator = Coordinator(config, store, keys)
     mlflow_client.connect_early(tracking.tracking_uri(config.tracking, store.root))
     sessions = edge_sessions(coordinator)
     _read_all_data(coordinator, sessions)
-    federation.open_federation(config, store, keys, resume)
-    return OpenedRun(coordinator, sessions, get_record(store, keys.result, RunResult))
+    return LoadedRun(coordinator, sessions)
 
 
-def finish_run(opened: OpenedRun, saved_plan: SavedPlan | None, release: bool, started: float) -> RunResult:
+def open_run(loaded: LoadedRun, resume: bool) -> RunResult | None:
+    """Write what the run is, or check that it still is what it was; its result where it has one already."""
+    coordinator = loaded.coordinator
+    federation.open_federation(coordinator.config, coordinator.store, coordinator.keys, resume)
+    return get_record(coordinator.store, coordinator.keys.result, RunResult)
+
+
+def finish_run(loaded: LoadedRun, saved_plan: SavedPlan | None, release: bool, started: float) -> RunResult:
     """Plan, train, judge and release; `started` is when the run began, by the performance counter."""
-    coordinator = opened.coordinator
+    coordinator = loaded.coordinator
     store, keys = coordinator.store, coordinator.keys
     with remote_edges.serving(coordinator) as remotes:
-        edges = Edges(opened.sessions, remotes)
+        edges = Edges(loaded.sessions, remotes)
         plan = _plan(coordinator, edges, saved_plan)
         tracked = track(coordinator)
         with _closing_on_failure(tracked):
@@ -83,8 +88,8 @@ def _closing_on_failure(tracked: TrackedRun) -> Iterator[None]:
 
 
 def _read_all_data(coordinator: Coordinator, sessions: Sequence[EdgeSession]) -> None:
-    """Find faults in anyone's data before the run leaves a trace in the store."""
     with progress.working("coordinator", "load model and data"):
+        coordinator.base  # noqa: B018
         for session in sessions:
             session.data  # noqa: B018  read and kept by the session
         if coordinator.config.coordinator_judges:

@@ -24,7 +24,7 @@ from tasks.records import RunKeys, get_record
 from tasks.storage import open_store
 
 sys.path.append(str(ROOT / "tests" / "support"))
-from prefect_processes import prefect_server
+from prefect_processes import starting_server
 from remote_federation import deployed_server, write_edge_config
 from s3_servers import moto_server
 
@@ -44,15 +44,15 @@ def fedpipe_local(place: Place) -> Seen:
 
 
 def fedpipe_deployed(place: Place) -> Seen:
-    """Prefect's server, an S3 server, a worker per edge, each a process, then `fedpipe run`."""
+    """Prefect's server, an S3 server, a worker per edge, each a process, started at once; then `fedpipe run`."""
     with _environment(place, **SECRETS) as own:
         started = time.time()
-        with moto_server() as address, prefect_server(SERVER_HOME, on_sqlite=True) as found:
+        with starting_server(SERVER_HOME, on_sqlite=True) as found, moto_server() as address:
             os.environ["AWS_ENDPOINT_URL"] = address
             variables = {**own, **found, "AWS_ENDPOINT_URL": address}
-            _make_bucket(address)
             for edge_id in EDGE_IDS:
                 _start_worker(place, variables, edge_id)
+            _make_bucket(address)
             await_true(lambda: all(_waits(place, edge_id) for edge_id in EDGE_IDS), "the workers")
             ready = time.time()
             edges = [edge | {"work_pool": POOL} for edge in _edges(place)]
@@ -116,8 +116,7 @@ def _edges(place: Place) -> list[dict[str, Any]]:
 
 def _start_worker(place: Place, variables: Mapping[str, str], edge_id: str) -> None:
     config = write_edge_config(place.folder / "edges", edge_id, place.job / f"{edge_id}.jsonl")
-    command = ["prefect", "worker", "start", "--pool", POOL, "--work-queue", edge_id, "--name", edge_id]
-    start(command, {**variables, "FEDPIPE_EDGE_CONFIG": str(config)}, config.with_name("worker.log"))
+    start(["fedpipe", "edge", "worker", config, "--pool", POOL], variables, config.with_name("worker.log"))
 
 
 def _waits(place: Place, edge_id: str) -> bool:

@@ -26,6 +26,15 @@ def prefect_server(home: Path, on_sqlite: bool = False) -> Iterator[dict[str, st
 
     What it records is gone with it, unless it is on SQLite, in its home.
     """
+    with starting_server(home, on_sqlite) as environment:
+        address = environment["PREFECT_API_URL"]
+        wait_for(lambda: _answers(f"{address}/health"), START_SECONDS, "Prefect's server", home / "server.log")
+        yield environment
+
+
+@contextmanager
+def starting_server(home: Path, on_sqlite: bool = False) -> Iterator[dict[str, str]]:
+    """`prefect_server` without waiting until it answers."""
     address = f"http://127.0.0.1:{_free_port()}/api"
     left_out = ("MLFLOW_TRACKING_URI", "FEDPIPE_STORE")
     environment = {name: value for name, value in os.environ.items() if name not in left_out} | {
@@ -42,9 +51,8 @@ def prefect_server(home: Path, on_sqlite: bool = False) -> Iterator[dict[str, st
     command = ["server", "start", "--host", "127.0.0.1", "--port", port]
     with (
         nullcontext({}) if on_sqlite else _database() as database,
-        running(command, environment | database, home / "server.log") as log,
+        running(command, environment | database, home / "server.log"),
     ):
-        wait_for(lambda: _answers(f"{address}/health"), START_SECONDS, "Prefect's server", log)
         yield environment
 
 

@@ -79,9 +79,9 @@ class EdgeSite:
 
     def start_worker(self) -> None:
         """Start a worker on the edge's queue, as a service manager would."""
-        arguments = ["worker", "start", "--pool", POOL, "--work-queue", self.edge_id, "--name", self.edge_id]
-        environment = self.environment | {"FEDPIPE_EDGE_CONFIG": str(self.config)}
-        self._worker.enter_context(running(arguments, environment, self.log))
+        arguments = ["edge", "worker", str(self.config), "--pool", POOL]
+        environment = self.environment | {"FEDPIPE_EDGE_CONFIG": str(self.config)}  # by which its processes are found
+        self._worker.enter_context(running(arguments, environment, self.log, module="flows"))
 
     @property
     def log(self) -> Path:
