@@ -14,7 +14,7 @@ from fedpipe_core.edge_config import EDGE_CONFIG_VARIABLE, load_edge_config
 from fedpipe_core.errors import ConfigError
 from fedpipe_core.startup import quick_imports
 
-SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
+PAUSE_SECONDS = 0.2
 
 
 def run_worker(config: Path, pool: str) -> None:
@@ -31,20 +31,26 @@ def run_worker(config: Path, pool: str) -> None:
     if not address:
         raise ConfigError(f"{edge_id}: PREFECT_API_URL is not set; set it to http://HOST:4200/api of Prefect's server")
     os.environ[EDGE_CONFIG_VARIABLE] = str(config.absolute())
+    _prefer_own_python()
     _await_api(edge_id, address)
     sys.argv = ["prefect", "worker", "start", "--pool", pool, "--work-queue", edge_id, "--name", edge_id]
     runpy.run_module("prefect", run_name="__main__", alter_sys=True)
+
+
+def _prefer_own_python() -> None:
+    """Have `python`, with which `prefect.yaml` starts an edge's flow run, be the one that runs this worker."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def _await_api(edge_id: str, address: str) -> None:
     """Wait for Prefect's server, however long it takes, and say what is wrong whenever that changes."""
     from prefect.client.orchestration import get_client
 
-    pause_seconds, told = SHORTEST_PAUSE_SECONDS, ""
+    told = ""
     with get_client(sync_client=True) as client:
         while error := client.api_healthcheck():
             reason = " ".join(str(error or type(error).__name__).split())[:200]
             if reason != told:
                 print(f"{edge_id} waits for Prefect at {address}: {reason}", file=sys.stderr, flush=True)
-            time.sleep(pause_seconds)
-            pause_seconds, told = min(1.5 * pause_seconds, LONGEST_PAUSE_SECONDS), reason
+            told = reason
+            time.sleep(PAUSE_SECONDS)

@@ -50,10 +50,9 @@ def federated_finetune(
     require_lasting_places(config)
     started, store, keys = time.perf_counter(), open_store(config.store), RunKeys(run or new_run_name(config))
     progress.note(f"run {keys.run} in {store.root}")
-    with called_early(() if resume else config.remote_edges, store, keys) as calls:
+    with called_early(() if resume else config.remote_edges, store, keys):
         with quick_imports():
             from flows import pipeline
         loaded = pipeline.load_run(config, store, keys, release)
-        calls.result()
         done = pipeline.open_run(loaded, resume)
     return done or pipeline.finish_run(loaded, saved_plan, release, started)

@@ -47,7 +47,7 @@ def fedpipe_deployed(place: Place) -> Seen:
     """Prefect's server, an S3 server, a worker per edge, each a process, started at once; then `fedpipe run`."""
     with _environment(place, **SECRETS) as own:
         started = time.time()
-        with starting_server(SERVER_HOME, on_sqlite=True) as found, moto_server() as address:
+        with starting_server(SERVER_HOME, cluster=SERVER_HOME / "postgres") as found, moto_server() as address:
             os.environ["AWS_ENDPOINT_URL"] = address
             variables = {**own, **found, "AWS_ENDPOINT_URL": address}
             for edge_id in EDGE_IDS:
@@ -66,7 +66,7 @@ def set_up(job: Path) -> None:
     deployed = SERVER_HOME / "deployed"  # written last: a database alone may be that of a set-up that was cut off
     if not deployed.exists():
         shutil.rmtree(SERVER_HOME, ignore_errors=True)
-        with deployed_server(SERVER_HOME, on_sqlite=True):
+        with deployed_server(SERVER_HOME, cluster=SERVER_HOME / "postgres"):
             pass
         deployed.touch()
     if not (CACHE / "mlflow.db").exists():

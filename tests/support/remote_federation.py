@@ -26,9 +26,9 @@ START_WORKER = "worker start --pool fedpipe"
 
 
 @contextmanager
-def deployed_server(home: Path, on_sqlite: bool = False) -> Iterator[dict[str, str]]:
+def deployed_server(home: Path, on_sqlite: bool = False, cluster: Path | None = None) -> Iterator[dict[str, str]]:
     """A Prefect server on which everything in `prefect.yaml` is deployed; the environment in which it is found."""
-    with prefect_server(home, on_sqlite) as environment:
+    with prefect_server(home, on_sqlite, cluster) as environment:
         for command in SET_UP:
             call(shlex.split(command), environment, ROOT)
         yield environment
