@@ -144,5 +144,4 @@ def test_edges_of_compose_have_an_edge_yaml_and_look_at_their_queue(compose: dic
     assert own.edge_id == edge_id
     assert service["command"] == "fedpipe edge worker /edge/edge.yaml"  # on the queue of that name
     assert f"./edges/{edge_id}:/edge" in service["volumes"]
-    assert f"./edges/{edge_id}:/edge" in service["volumes"]
     assert service["environment"]["AWS_ENDPOINT_URL"] == "http://s3:9000"
