@@ -51,7 +51,7 @@ class RemoteEdge:
         if found is None or ended:
             self._start_anew()
         else:
-            self._flow_run_id, self._started_at = found, time.monotonic()
+            self._flow_run_id, self._started_at, self._starts = found, time.monotonic(), 1
 
     def trouble(self, at_once: bool = False) -> str | None:
         """Why no answer is to be expected; None while there is. An edge that died is started again on the way.
