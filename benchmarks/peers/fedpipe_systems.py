@@ -24,6 +24,7 @@ from tasks.records import RunKeys, get_record
 from tasks.storage import open_store
 
 sys.path.append(str(ROOT / "tests" / "support"))
+from postgres import postgres_programs
 from prefect_processes import starting_server
 from remote_federation import deployed_server, write_edge_config
 from s3_servers import moto_server
@@ -32,6 +33,7 @@ POOL, BUCKET = "edges", "equal-job"
 SECRETS = {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark", "AWS_DEFAULT_REGION": "us-east-1"}
 BIN = Path(sys.executable).parent
 LOCAL_HOME, SERVER_HOME = CACHE / "prefect", CACHE / "prefect-server"
+CLUSTER = SERVER_HOME / "postgres"  # of Prefect's server, where PostgreSQL is installed
 
 
 def fedpipe_local(place: Place) -> Seen:
@@ -47,7 +49,7 @@ def fedpipe_deployed(place: Place) -> Seen:
     """Prefect's server, an S3 server, a worker per edge, each a process, started at once; then `fedpipe run`."""
     with _environment(place, **SECRETS) as own:
         started = time.time()
-        with starting_server(SERVER_HOME, cluster=SERVER_HOME / "postgres") as found, moto_server() as address:
+        with starting_server(SERVER_HOME, cluster=CLUSTER) as found, moto_server() as address:
             os.environ["AWS_ENDPOINT_URL"] = address
             variables = {**own, **found, "AWS_ENDPOINT_URL": address}
             for edge_id in EDGE_IDS:
@@ -64,11 +66,12 @@ def fedpipe_deployed(place: Place) -> Seen:
 def set_up(job: Path) -> None:
     """Make the databases and deploy the flows, unless that was done."""
     deployed = SERVER_HOME / "deployed"  # written last: a database alone may be that of a set-up that was cut off
-    if not deployed.exists():
+    wanted = f"{postgres_programs()}\n{(ROOT / 'prefect.yaml').read_text()}"
+    if not deployed.exists() or deployed.read_text() != wanted:
         shutil.rmtree(SERVER_HOME, ignore_errors=True)
-        with deployed_server(SERVER_HOME, cluster=SERVER_HOME / "postgres"):
+        with deployed_server(SERVER_HOME, cluster=CLUSTER):
             pass
-        deployed.touch()
+        deployed.write_text(wanted)
     if not (CACHE / "mlflow.db").exists():
         folder = CACHE / "first-run"
         folder.mkdir(exist_ok=True)
