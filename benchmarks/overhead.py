@@ -55,11 +55,11 @@ LOAD_BASE = (
     "from tasks.edge import dense_base; from fedpipe_core.config_file import load_config; dense_base(load_config({!r}))"
 )
 STARTUP = {
-    "imports": "import flows.federation",
+    "imports": "import flows.pipeline",
     "imports and base": LOAD_BASE.format(str(INTENTS)),
     "Prefect's API": "from flows.local_api import start_api; start_api()()",
     "all, overlapped": "from flows.local_api import start_api; wait = start_api()\n"
-    f"import flows.federation; {LOAD_BASE.format(str(INTENTS))}; wait()",
+    f"import flows.pipeline; {LOAD_BASE.format(str(INTENTS))}; wait()",
 }
 
 

@@ -6,7 +6,7 @@ Everything heavy is imported inside the commands, so that help answers at once.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedpipe_core.startup import quick_imports
+from flows.cli_common import AsJson, explained, print_result, showing
+from flows.edge_cli import edge_app
 
 if TYPE_CHECKING:
     from fedpipe_core.config import FederationConfig
+    from fedpipe_core.plan_schemas import SavedPlan
     from fedpipe_core.result_schemas import RunResult
     from tasks.registry import ModelVersion
 
@@ -28,14 +31,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-edge_app = typer.Typer(help="What is done at an edge.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(edge_app, name="edge")
 
 ConfigPath = Annotated[Path, typer.Argument(help="Federation config, a YAML file", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config; repeatable")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout")]
 StoreRoot = Annotated[str, typer.Option(help="Object store that holds the run", envvar="FEDPIPE_STORE")]
 DEFAULT_STORE = ".fedpipe/store"
 Version = Annotated[
@@ -52,7 +53,6 @@ MovedStore = Annotated[
 _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes would start a compiler at import
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # our own progress and last line tell; its API keeps all
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -72,13 +72,13 @@ def run(
     """Fine-tune one model on the data of all edges, and release it."""
     from fedpipe_core.errors import ConfigError
 
-    with _explained(as_json):
+    with explained(as_json):
         loaded = _load(config, overrides)
         if resume and name is None:
             raise ConfigError("--resume needs --run NAME, the run to continue; `fedpipe status` lists the runs")
-        with _showing():
+        with showing():
             result = _run_flow(loaded, name, resume, plan, release)
-        _print(result.model_dump(mode="json"), as_json, lambda document: _summary(result, loaded))
+        print_result(result.model_dump(mode="json"), as_json, lambda document: _summary(result, loaded))
 
 
 @app.command("plan")
@@ -91,11 +91,11 @@ def plan_command(
     as_json: AsJson = False,
 ) -> None:
     """Profile every edge and print what each would do; nothing is trained."""
-    with _explained(as_json):
+    with explained(as_json):
         loaded = _load(config, overrides)
-        with _showing():
+        with showing():
             document, infeasible = _plan_flow(loaded, save)
-        _print(document, as_json, _plan_table)
+        print_result(document, as_json, _plan_table)
     if infeasible:
         raise typer.Exit(2)
 
@@ -107,11 +107,11 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Say how far a run is, from the store alone."""
-    with _explained(as_json):
+    with explained(as_json):
         from tasks.status import describe_run, list_runs
 
         document = describe_run(store, run_name) if run_name else {"store": store, "runs": list_runs(store)}
-        _print(document, as_json, lambda found: json.dumps(found, indent=2))
+        print_result(document, as_json, lambda found: json.dumps(found, indent=2))
 
 
 @app.command()
@@ -122,11 +122,11 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write a run's report: one HTML page that opens from disk without a network."""
-    with _explained(as_json):
+    with explained(as_json):
         from tasks.report import write_report
 
         path = write_report(store, run_name, out or Path(f"{run_name}.html"))
-        _print({"run": run_name, "report": str(path)}, as_json, lambda document: str(path))
+        print_result({"run": run_name, "report": str(path)}, as_json, lambda document: str(path))
 
 
 @app.command()
@@ -136,12 +136,14 @@ def release(
     as_json: AsJson = False,
 ) -> None:
     """Export, register and perhaps promote the model of a run whose rounds are done."""
-    with _explained(as_json), _showing():
+    with explained(as_json), showing():
         with _api_starting():
             from flows.release import release_model
 
         report = release_model(run_name, store)
-        _print(report.model_dump(mode="json") if report else {}, as_json, lambda found: json.dumps(found, indent=2))
+        print_result(
+            report.model_dump(mode="json") if report else {}, as_json, lambda found: json.dumps(found, indent=2)
+        )
 
 
 @app.command()
@@ -152,13 +154,13 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Make the version that the champion replaced champion again."""
-    with _explained(as_json):
+    with explained(as_json):
         from fedpipe_core.config import TrackingSpec
         from tasks import registry, tracking
 
         restored = registry.rollback(tracking.tracking_uri(TrackingSpec(uri=tracking_uri), store), model)
         document = {"model": restored.name, "version": restored.version, "alias": registry.CHAMPION}
-        _print(document, as_json, lambda found: f"{restored.name} version {restored.version} is champion again")
+        print_result(document, as_json, lambda found: f"{restored.name} version {restored.version} is champion again")
 
 
 @app.command()
@@ -166,12 +168,12 @@ def lineage(
     version: Version, tracking_uri: TrackingUri = None, store: MovedStore = None, as_json: AsJson = False
 ) -> None:
     """Tell where a registered model comes from: config, code, base, data fingerprints, every update by its hash."""
-    with _explained(as_json):
+    with explained(as_json):
         from flows.lineage_text import lineage_text
         from tasks.lineage import read_lineage
 
         found = read_lineage(_registered(version, tracking_uri, store), store)
-        _print(found.model_dump(mode="json"), as_json, lambda document: lineage_text(found))
+        print_result(found.model_dump(mode="json"), as_json, lambda document: lineage_text(found))
 
 
 @app.command()
@@ -183,45 +185,14 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compute a registered model's adapter again from the stored updates, and compare every hash on the way."""
-    with _explained(as_json):
+    with explained(as_json):
         from flows.lineage_text import verification_text
         from tasks.verification import verify_version
 
         found = verify_version(_registered(version, tracking_uri, store), store, rounds)
-        _print(found.model_dump(mode="json"), as_json, lambda document: verification_text(found))
+        print_result(found.model_dump(mode="json"), as_json, lambda document: verification_text(found))
     if not found.verified:
         raise typer.Exit(1)
-
-
-@edge_app.command()
-def keygen(
-    path: Annotated[Path, typer.Argument(help="File for the private key, which must not exist", show_default=False)],
-    as_json: AsJson = False,
-) -> None:
-    """Make a key that signs an edge's, or the coordinator's, records, and print its public part."""
-    with _explained(as_json):
-        from fedpipe_core.signatures import new_key, save_key
-
-        key = new_key()
-        save_key(key, path)
-        _print({"key": str(path), "public_key": key.public}, as_json, lambda document: key.public)
-
-
-@edge_app.command("check")
-def check_command(
-    config: Annotated[Path, typer.Argument(help="This machine's edge.yaml", show_default=False)],
-    run_name: Annotated[
-        str | None, typer.Option("--run", help="Print the rows in tokens, and the profile it would send to a run")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Check this edge's rows, device, key and store, and print what it would report; nothing is published."""
-    with _explained(as_json), _showing():
-        from fedpipe_core.edge_config import load_edge_config
-        from tasks.edge_check import check_edge
-
-        document = check_edge(load_edge_config(config), run_name)
-        _print(document, as_json, lambda found: json.dumps(found, indent=2))
 
 
 @app.command()
@@ -253,39 +224,6 @@ def _keep_stdout_for_results() -> None:
     sys.stdout = os.fdopen(results, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
-@contextmanager
-def _explained(as_json: bool) -> Iterator[None]:
-    """Turn an expected failure into one sentence on stderr and its exit code."""
-    from fedpipe_core.errors import FedPipeError
-
-    try:
-        yield
-    except FedPipeError as error:
-        print(f"fedpipe: {error}", file=sys.stderr)
-        if as_json:
-            print(json.dumps({"status": "failed", "error": str(error)}))
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("fedpipe: interrupted; what is finished is kept, --run NAME --resume continues it", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
-@contextmanager
-def _showing() -> Iterator[None]:
-    from rich.console import Console
-
-    from flows.display import LiveBars, PlainLines
-    from tasks import progress
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        with progress.listening(PlainLines()):
-            yield
-        return
-    with LiveBars(console) as bars, progress.listening(bars):
-        yield
-
-
 def _load(path: Path, overrides: list[str] | None) -> "FederationConfig":
     from fedpipe_core.config_file import load_config
 
@@ -315,14 +253,21 @@ def _run_flow(
     config: "FederationConfig", name: str | None, resume: bool, plan: Path | None, release: bool
 ) -> "RunResult":
     with _api_starting():
-        with quick_imports():
-            from flows.federation import federated_finetune
-            from flows.planning import read_saved_plan
+        from flows.federation import federated_finetune
 
-        _load_base(config)
+        if not config.remote_edges:  # else the flow calls the edges first, and loads while they do
+            with quick_imports():
+                import flows.pipeline  # noqa: F401
+            _load_base(config)
 
-    saved = None if plan is None else read_saved_plan(plan)
+    saved = None if plan is None else _read_saved_plan(plan)
     return federated_finetune(config, name, resume, saved, release)
+
+
+def _read_saved_plan(path: Path) -> "SavedPlan":
+    from flows.planning import read_saved_plan
+
+    return read_saved_plan(path)
 
 
 def _plan_flow(config: "FederationConfig", save: Path | None) -> tuple[dict[str, Any], bool]:
@@ -339,10 +284,6 @@ def _registered(version: str, uri: str | None, store: str | None) -> "ModelVersi
 
     root = store or os.environ.get("FEDPIPE_STORE", DEFAULT_STORE)
     return registry.find_version(tracking.tracking_uri(TrackingSpec(uri=uri), root), version)
-
-
-def _print(document: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]], str]) -> None:
-    print(json.dumps(document) if as_json else render(document))
 
 
 def _plan_table(document: dict[str, Any]) -> str:

@@ -2,11 +2,12 @@
 
 from prefect import flow, runtime
 from prefect.client.schemas.objects import State
-from prefect.states import Cancelled, Completed
+from prefect.states import Cancelled, Completed, Crashed
 
 from fedpipe_core.edge_config import find_edge_config
 from fedpipe_core.errors import ConfigError
 from fedpipe_core.startup import quick_imports
+from tasks.flow_runs import EARLY
 
 RETRIES = 1
 
@@ -28,7 +29,10 @@ def serve_edge(run: str, store: str, edge_id: str) -> State[None]:
         )
     with quick_imports():  # of torch; whoever only looks this flow up, a worker or `prefect deploy`, needs none of it
         from tasks import edge, edge_judging, served_edge
-    session, record = served_edge.open_session(own, run, store)
+    try:
+        session, record = served_edge.open_session(own, run, store, early=EARLY in runtime.flow_run.tags)
+    except served_edge.NotOpenedError as waited:
+        return Crashed(message=str(waited))  # which a coordinator that came late after all answers with a new start
     try:
         retried = runtime.flow_run.run_count <= RETRIES
         with served_edge.ServedEdge(session, str(runtime.flow_run.id), retried) as served:

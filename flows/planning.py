@@ -17,7 +17,7 @@ from fedpipe_core.planning import infeasible_edges
 from fedpipe_core.profile_schemas import EdgeProfile
 from fedpipe_core.trials import foreseen_rounds
 from flows.all_edges import Edges, edge_sessions
-from flows.federation import profile_edges
+from flows.pipeline import profile_edges
 from tasks import federation, remote_edges, reports
 from tasks.coordinator import Coordinator
 from tasks.exports import check_exports

@@ -1,6 +1,7 @@
 """Flow runs of edges at the Prefect API: started on their work pool, found again, and ended."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 from uuid import UUID
 
@@ -13,8 +14,10 @@ from prefect.states import Cancelling, Crashed
 
 from fedpipe_core.config import EdgeSpec
 from fedpipe_core.errors import ConfigError, OrchestratorError
+from tasks.storage import ObjectStore
 
 FLOW = "serve_edge"
+EARLY = "fedpipe-early"  # tag of a flow run that is to wait until its run is in the store
 _UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING]
 
 
@@ -37,10 +40,16 @@ class EdgeJob:
         return [f"fedpipe-run:{self.run}", f"fedpipe-edge:{self.edge.edge_id}"]
 
 
-def start_flow_run(job: EdgeJob, attempt: str) -> str:
+def edge_job(store: ObjectStore, run: str, edge: EdgeSpec) -> EdgeJob:
+    """What an edge is asked to serve, with the store's address as it is found from any folder."""
+    return EdgeJob(run, store.root if "://" in store.root else str(Path(store.root).absolute()), edge)
+
+
+def start_flow_run(job: EdgeJob, attempt: str, early: bool = False) -> str:
     """Start the edge's flow on its pool and queue, and return the flow run's id; the same attempt starts it once.
 
-    Raises ConfigError when the pool has no deployment of the flow, OrchestratorError when Prefect's API fails.
+    With `early` the edge waits for the run's record. Raises ConfigError when the pool has no deployment of the flow,
+    OrchestratorError when Prefect's API fails.
     """
     name = f"{FLOW}/{job.edge.work_pool}"
     parameters = {"run": job.run, "store": job.store, "edge_id": job.edge.edge_id}
@@ -52,7 +61,7 @@ def start_flow_run(job: EdgeJob, attempt: str) -> str:
             flow_run_name=f"{job.edge.edge_id} serves {job.run}",
             idempotency_key=f"{job.run}/{job.edge.edge_id}/{attempt}",
             work_queue_name=job.queue,
-            tags=job.tags,
+            tags=[*job.tags, EARLY] if early else job.tags,
         )
         return str(cast(FlowRun, flow_run).id)
     except ObjectNotFound:

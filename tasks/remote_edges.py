@@ -8,7 +8,6 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from uuid import uuid4
 
 from fedpipe_core.config import EdgeSpec, RemoteSpec
@@ -18,8 +17,8 @@ from fedpipe_core.schemas import FailureRecord
 from tasks import progress
 from tasks.coordinator import Coordinator
 from tasks.flow_runs import (
-    EdgeJob,
     cancel_flow_run,
+    edge_job,
     give_up_flow_run,
     look_at_flow_run,
     start_flow_run,
@@ -34,8 +33,7 @@ class RemoteEdge:
 
     def __init__(self, coordinator: Coordinator, spec: EdgeSpec):
         store, keys, self._limits = coordinator.store, coordinator.keys, coordinator.config.remote
-        address = store.root if "://" in store.root else str(Path(store.root).absolute())
-        self._job = EdgeJob(keys.run, address, spec)
+        self._job = edge_job(store, keys.run, spec)
         self._lease = LeaseWatch(store, keys.edge_lease(spec.edge_id), self._limits.lease_seconds)
         self._flow_run_id, self._started_at, self._starts = "", 0.0, 0
         self._taken = False
@@ -53,7 +51,7 @@ class RemoteEdge:
         if found is None or ended:
             self._start_anew()
         else:
-            self._flow_run_id, self._started_at = found, time.monotonic()
+            self._flow_run_id, self._started_at, self._starts = found, time.monotonic(), 1
 
     def trouble(self, at_once: bool = False) -> str | None:
         """Why no answer is to be expected; None while there is. An edge that died is started again on the way.

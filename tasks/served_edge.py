@@ -19,29 +19,49 @@ from fedpipe_core.config import FederationConfig
 from fedpipe_core.edge_config import EdgeConfig, config_at_edge, signing_key_at_edge
 from fedpipe_core.errors import ConfigError, ModelError, UpdateRefusedError
 from fedpipe_core.schemas import FederationRecord
+from fedpipe_core.startup import import_libraries
 from tasks.edge import EdgeSession, Machine, StoppedError, let_go_of_bases
 from tasks.leases import Ending, Heartbeat, LeaseWatch
 from tasks.records import RunKeys, get_record
-from tasks.storage import open_store
+from tasks.storage import ObjectStore, open_store
 
 T = TypeVar("T")
+EARLY_SECONDS = 120.0  # for the coordinator to load base and data; one that takes longer starts the edge again
+EARLY_POLL_SECONDS = 0.5
 
 
-def open_session(own: EdgeConfig, run: str, address: str) -> tuple[EdgeSession, FederationRecord]:
-    """The session of this machine's edge in a run, and what the run is; nothing big is loaded yet.
+class NotOpenedError(BaseException):
+    """Raised when a run for which an edge was called early did not come to be; no edge's fault."""
 
-    Raises ConfigError when the run is not in the store, or does not want this edge.
+
+def open_session(own: EdgeConfig, run: str, address: str, early: bool = False) -> tuple[EdgeSession, FederationRecord]:
+    """The session of this machine's edge in a run, and what the run is; no base is loaded yet.
+
+    With `early` the coordinator may still be loading: libraries are imported, then the run's record is waited for.
+    Raises ConfigError when the run is not in the store, or does not want this edge, and NotOpenedError when it was
+    waited for too long.
     """
     choose_device(own)
     store, keys = open_store(own.store or address, write=False, patient=True), RunKeys(run)
-    record = get_record(store, keys.federation, FederationRecord, own.coordinator_key)
-    if record is None:
-        raise ConfigError(f"{own.edge_id}: run {run} is not in {store.root}; correct `store` in edge.yaml")
+    if early:
+        import_libraries()
+    record = _find_record(own, store, keys, EARLY_SECONDS if early else 0.0)
     config = config_at_edge(FederationConfig.model_validate(record.config), own)
     spec = next(edge for edge in config.edges if edge.edge_id == own.edge_id)
     key = signing_key_at_edge(config, own)
     machine = Machine(own.threads or torch.get_num_threads(), own.memory_bytes, Path(own.state), key)
     return EdgeSession(config, spec, store, keys, machine), record
+
+
+def _find_record(own: EdgeConfig, store: ObjectStore, keys: RunKeys, patience_seconds: float) -> FederationRecord:
+    deadline = time.monotonic() + patience_seconds
+    while (record := get_record(store, keys.federation, FederationRecord, own.coordinator_key)) is None:
+        if not patience_seconds:
+            raise ConfigError(f"{own.edge_id}: run {keys.run} is not in {store.root}; correct `store` in edge.yaml")
+        if time.monotonic() > deadline:
+            raise NotOpenedError(f"run {keys.run} did not appear in {store.root} within {patience_seconds:g} s")
+        time.sleep(random.uniform(0.5, 1.0) * EARLY_POLL_SECONDS)
+    return record
 
 
 def load_base(session: EdgeSession, record: FederationRecord) -> None:

@@ -142,6 +142,6 @@ def test_edges_of_compose_have_an_edge_yaml_and_look_at_their_queue(compose: dic
     own = load_edge_config(INFRA / "edges" / edge_id / "edge.yaml")
     service = compose["services"][edge_id]
     assert own.edge_id == edge_id
-    assert service["command"].endswith(f"--pool edges --work-queue {edge_id}")
+    assert service["command"] == "fedpipe edge worker /edge/edge.yaml"  # on the queue of that name
     assert f"./edges/{edge_id}:/edge" in service["volumes"]
     assert service["environment"]["AWS_ENDPOINT_URL"] == "http://s3:9000"

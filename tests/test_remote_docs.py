@@ -43,7 +43,7 @@ def run(command: str, environment: dict[str, str], folder: Path) -> str:
 
 
 def test_every_command_is_run_here_or_by_the_tests_of_prefect_yaml() -> None:
-    here = ("fedpipe edge keygen", "fedpipe edge check", "FEDPIPE_EDGE_CONFIG=", "fedpipe run", "export ")
+    here = ("fedpipe edge keygen", "fedpipe edge check", "fedpipe edge worker", "fedpipe run", "export ")
     by_others = {f"prefect {command}" for command in SET_UP}
     by_others.add("prefect automation create --from-file infra/automations/free-places-of-dead-runs.yaml")
     rest = [command for command in COMMANDS if not command.startswith(here) and command not in by_others]
@@ -70,11 +70,9 @@ def test_engineer_who_follows_the_page_ends_with_a_finished_run(
 
     checked: dict[str, Any] = json.loads(run(shown("fedpipe edge check"), remote_environment, tmp_path))
     assert (checked["rows"], checked["public_key"], checked["store"]) == (60, public["clinic-a"], store)
-    variable, _, worker = shown("FEDPIPE_EDGE_CONFIG=").partition(" prefect ")
-    name, _, place = variable.partition("=")
-    at_edge = remote_environment | {name: place.replace("/etc/fedpipe", str(tmp_path))}
+    worker = shown("fedpipe edge worker").removeprefix("fedpipe ").replace("/etc/fedpipe", str(tmp_path))
     coordinator = remote_environment | {"FEDPIPE_SIGNING_KEY": str(tmp_path / "coordinator.pem")}
-    with running(shlex.split(worker), at_edge, tmp_path / "worker" / "log"):
+    with running(shlex.split(worker), remote_environment, tmp_path / "worker" / "log", module="flows"):
         run(shown("fedpipe run"), coordinator, tmp_path)
     reported = json.loads(run(f"{shown('fedpipe edge check')} --run first", remote_environment, tmp_path))
     assert reported["profile"]["num_examples"] == 54

@@ -16,9 +16,9 @@ import httpx
 import psutil
 import pytest
 from commands import Outcome, run_to_end, running
-from prefect_processes import ask
+from prefect_processes import ask, starting_server, wait_for
 from prefect_processes import running as worker_running
-from remote_federation import START_WORKER, EdgeSite, Keys, edge_sites, federation_keys
+from remote_federation import START_WORKER, EdgeSite, Keys, edge_sites, federation_keys, write_edge_config
 from tiny_federation import EDGES, write_config, write_federation
 
 from flows.deployed import read_config
@@ -184,6 +184,30 @@ def test_edges_meet_their_coordinator_on_s3(
     outcome = finish(remote_environment, federation, "cloud", "--set", f"store=s3://{s3_bucket}/{uuid4().hex}")
     assert outcome.exit_code == 0, outcome.stderr
     assert outcome.document["adapter_sha256"] == undisturbed["adapter_sha256"]
+
+
+def test_fault_at_the_coordinator_leaves_neither_a_trace_nor_an_edge_at_work(
+    remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite]
+) -> None:
+    before = sorted((federation / "out/store").rglob("*"))
+    outcome = finish(remote_environment, federation, "faulty", "--set", "data.test=nowhere.jsonl")
+    assert (outcome.exit_code, "nowhere.jsonl" in outcome.stderr) == (2, True)
+    assert "call 2 edges" in outcome.stderr
+    assert sorted((federation / "out/store").rglob("*")) == before
+    deadline = time.monotonic() + 30
+    while served := [process for site in sites.values() for process in site.served()]:
+        assert time.monotonic() < deadline, f"{served} serve a run that did not come to be"
+        time.sleep(0.1)
+
+
+def test_worker_that_starts_before_its_server_waits_for_it(tmp_path: Path) -> None:
+    config = write_edge_config(tmp_path, "early", tmp_path / "rows.jsonl")
+    with starting_server(tmp_path / "server", on_sqlite=True) as environment:
+        command = ["edge", "worker", str(config), "--pool", "new"]
+        with worker_running(command, environment, tmp_path / "worker.log", module="flows") as log:
+            wait_for(lambda: "Worker 'early' started!" in log.read_text() or None, RUN_SECONDS, "the worker", log)
+    said = log.read_text()
+    assert said.index("early waits for Prefect at http://127.0.0.1:") < said.index("Worker 'early' started!")
 
 
 def start_as_the_ui_does(api: httpx.Client, federation: Path, name: str) -> str:

@@ -24,7 +24,8 @@ from tasks.records import RunKeys, get_record
 from tasks.storage import open_store
 
 sys.path.append(str(ROOT / "tests" / "support"))
-from prefect_processes import prefect_server
+from postgres import postgres_programs
+from prefect_processes import starting_server
 from remote_federation import deployed_server, write_edge_config
 from s3_servers import moto_server
 
@@ -32,6 +33,7 @@ POOL, BUCKET = "edges", "equal-job"
 SECRETS = {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark", "AWS_DEFAULT_REGION": "us-east-1"}
 BIN = Path(sys.executable).parent
 LOCAL_HOME, SERVER_HOME = CACHE / "prefect", CACHE / "prefect-server"
+CLUSTER = SERVER_HOME / "postgres"  # of Prefect's server, where PostgreSQL is installed
 
 
 def fedpipe_local(place: Place) -> Seen:
@@ -44,15 +46,15 @@ def fedpipe_local(place: Place) -> Seen:
 
 
 def fedpipe_deployed(place: Place) -> Seen:
-    """Prefect's server, an S3 server, a worker per edge, each a process, then `fedpipe run`."""
+    """Prefect's server, an S3 server, a worker per edge, each a process, started at once; then `fedpipe run`."""
     with _environment(place, **SECRETS) as own:
         started = time.time()
-        with moto_server() as address, prefect_server(SERVER_HOME, on_sqlite=True) as found:
+        with starting_server(SERVER_HOME, cluster=CLUSTER) as found, moto_server() as address:
             os.environ["AWS_ENDPOINT_URL"] = address
             variables = {**own, **found, "AWS_ENDPOINT_URL": address}
-            _make_bucket(address)
             for edge_id in EDGE_IDS:
                 _start_worker(place, variables, edge_id)
+            _make_bucket(address)
             await_true(lambda: all(_waits(place, edge_id) for edge_id in EDGE_IDS), "the workers")
             ready = time.time()
             edges = [edge | {"work_pool": POOL} for edge in _edges(place)]
@@ -64,11 +66,12 @@ def fedpipe_deployed(place: Place) -> Seen:
 def set_up(job: Path) -> None:
     """Make the databases and deploy the flows, unless that was done."""
     deployed = SERVER_HOME / "deployed"  # written last: a database alone may be that of a set-up that was cut off
-    if not deployed.exists():
+    wanted = f"{postgres_programs()}\n{(ROOT / 'prefect.yaml').read_text()}"
+    if not deployed.exists() or deployed.read_text() != wanted:
         shutil.rmtree(SERVER_HOME, ignore_errors=True)
-        with deployed_server(SERVER_HOME, on_sqlite=True):
+        with deployed_server(SERVER_HOME, cluster=CLUSTER):
             pass
-        deployed.touch()
+        deployed.write_text(wanted)
     if not (CACHE / "mlflow.db").exists():
         folder = CACHE / "first-run"
         folder.mkdir(exist_ok=True)
@@ -116,8 +119,7 @@ def _edges(place: Place) -> list[dict[str, Any]]:
 
 def _start_worker(place: Place, variables: Mapping[str, str], edge_id: str) -> None:
     config = write_edge_config(place.folder / "edges", edge_id, place.job / f"{edge_id}.jsonl")
-    command = ["prefect", "worker", "start", "--pool", POOL, "--work-queue", edge_id, "--name", edge_id]
-    start(command, {**variables, "FEDPIPE_EDGE_CONFIG": str(config)}, config.with_name("worker.log"))
+    start(["fedpipe", "edge", "worker", config, "--pool", POOL], variables, config.with_name("worker.log"))
 
 
 def _waits(place: Place, edge_id: str) -> bool:

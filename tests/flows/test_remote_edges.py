@@ -6,24 +6,28 @@ from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
+from prefect import tags
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 from prefect.deployments.runner import EntrypointType
 from prefect.logging import disable_run_logger
 from prefect.states import Failed, Pending
+from remote_federation import write_edge_config
 from tiny_federation import EDGES, write_federation
 from tiny_steps import coordinator_at, prepare, sessions_of
 
 from fedpipe_core.config import FederationConfig, RemoteSpec
 from fedpipe_core.config_file import load_config
-from fedpipe_core.errors import ConfigError, QuorumError
+from fedpipe_core.errors import ConfigError, DataError, QuorumError
 from fedpipe_core.plan_schemas import FederationPlan
 from fedpipe_core.schemas import FailureRecord
 from flows.edge import serve_edge
-from tasks import edge, remote_edges
+from tasks import edge, remote_edges, served_edge
 from tasks.coordinator import Coordinator
-from tasks.federation import aggregate_round, round_updates
-from tasks.flow_runs import FLOW, give_up_flow_run
+from tasks.early_edges import called_early
+from tasks.federation import aggregate_round, open_federation, round_updates
+from tasks.flow_runs import EARLY, FLOW, give_up_flow_run
 from tasks.leases import Heartbeat
 from tasks.records import get_record
 from tasks.remote_edges import RemoteEdge
@@ -90,6 +94,13 @@ def state_of(flow_run_id: str) -> str:
     return state.type.value
 
 
+def runs_of(coordinator: Coordinator, *more_tags: str) -> list[str]:
+    """Ids of the flow runs that were started for a run, those with these tags as well."""
+    wanted = FlowRunFilter(tags=FlowRunFilterTags(all_=[f"fedpipe-run:{coordinator.keys.run}", *more_tags]))
+    with get_client(sync_client=True) as client:
+        return [str(flow_run.id) for flow_run in client.read_flow_runs(flow_run_filter=wanted)]
+
+
 def until_trouble(edge_run: RemoteEdge) -> str:
     deadline = time.monotonic() + 20
     while (reason := edge_run.trouble()) is None:
@@ -114,6 +125,45 @@ def test_another_coordinator_of_the_run_finds_the_flow_run_again(coordinator: Co
     again = RemoteEdge(coordinator, coordinator.config.remote_edges[0])
     again.start()
     assert again._flow_run_id == east._flow_run_id
+
+
+def test_edge_called_early_is_served_by_the_same_flow_run(coordinator: Coordinator) -> None:
+    specs = coordinator.config.remote_edges
+    with called_early(specs, coordinator.store, coordinator.keys):
+        (called,) = runs_of(coordinator, EARLY)
+    again = RemoteEdge(coordinator, specs[0])
+    again.start()
+    assert again._flow_run_id == called
+    assert runs_of(coordinator) == [called]
+
+
+def test_fault_at_the_coordinator_lets_go_of_edges_called_early(coordinator: Coordinator) -> None:
+    before = coordinator.store.list()
+    with (
+        pytest.raises(DataError, match="no such column"),
+        called_early(coordinator.config.remote_edges, coordinator.store, coordinator.keys),
+    ):
+        raise DataError("no such column")
+    assert [state_of(flow_run_id) for flow_run_id in runs_of(coordinator)] == ["CANCELLED"]
+    assert coordinator.store.list() == before
+
+
+def test_edges_of_a_run_that_is_open_are_not_called_before_it_is_checked(coordinator: Coordinator) -> None:
+    open_federation(coordinator.config, coordinator.store, coordinator.keys, resume=False)
+    with called_early(coordinator.config.remote_edges, coordinator.store, coordinator.keys):
+        assert runs_of(coordinator) == []
+
+
+def test_edge_called_early_in_vain_may_be_started_again(
+    coordinator: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_edge_config(tmp_path, "east", tmp_path / "east.jsonl")
+    monkeypatch.setenv("FEDPIPE_EDGE_CONFIG", str(config))
+    monkeypatch.setattr(served_edge, "EARLY_SECONDS", 0.1)
+    with tags(EARLY):
+        state = serve_edge(coordinator.keys.run, coordinator.store.root, "east", return_state=True)
+    assert state.is_crashed()  # not failed, which is told as the edge's own fault
+    assert state.message == f"run {coordinator.keys.run} did not appear in {coordinator.store.root} within 0.1 s"
 
 
 def test_pool_without_the_deployment_is_told(coordinator: Coordinator) -> None:

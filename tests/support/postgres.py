@@ -1,7 +1,8 @@
-"""A PostgreSQL server of the tests' own: a new cluster in a temporary folder, reached through a Unix socket there."""
+"""A PostgreSQL server of the tests' own, with a cluster of its own, reached through a Unix socket."""
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 START_SECONDS = 60
+STOP_SECONDS = 10
 
 
 def postgres_programs() -> Path | None:
@@ -22,18 +24,25 @@ def postgres_programs() -> Path | None:
 
 
 @contextmanager
-def postgres_server(programs: Path) -> Iterator[str]:
-    """Run a server until the block ends, and yield the address under which SQLAlchemy finds its database."""
+def postgres_server(programs: Path, cluster: Path | None = None) -> Iterator[str]:
+    """Run a server until the block ends, and yield the address under which SQLAlchemy finds its database.
+
+    The cluster is made in the folder `cluster`, unless it is there, and stays; without one it is gone with the server.
+    """
     folder = Path(tempfile.mkdtemp(prefix="fedpipe-test-postgres-"))  # short: a socket's path has 107 characters
+    data = cluster or folder / "data"
     owner = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
-    if owner:  # PostgreSQL refuses to run as root
-        shutil.chown(folder, "postgres", "postgres")
-    data, options = folder / "data", {"cwd": folder, "stdin": subprocess.DEVNULL, **owner}
+    options = {"cwd": folder, "stdin": subprocess.DEVNULL, **owner}
     try:
-        subprocess.run(
-            [programs / "initdb", "--pgdata", data, "--username", "fedpipe", "--auth", "trust", "--no-sync"],
-            check=True, capture_output=True, **options,
-        )  # fmt: skip
+        if not data.exists():
+            data.mkdir(mode=0o700, parents=True)
+        for path in (folder, data) if owner else ():  # PostgreSQL refuses to run as root
+            shutil.chown(path, "postgres", "postgres")
+        if not (data / "PG_VERSION").exists():
+            subprocess.run(
+                [programs / "initdb", "--pgdata", data, "--username", "fedpipe", "--auth", "trust", "--no-sync"],
+                check=True, capture_output=True, **options,
+            )  # fmt: skip
         settings = ("listen_addresses=", f"unix_socket_directories={folder}", "fsync=off", "max_connections=300")
         command = [programs / "postgres", "-D", data, *(word for setting in settings for word in ("-c", setting))]
         with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log, **options) as server:
@@ -41,9 +50,18 @@ def postgres_server(programs: Path) -> Iterator[str]:
                 _await_start(programs, folder, server)
                 yield f"postgresql+asyncpg://fedpipe@/postgres?host={folder}"
             finally:
-                server.kill()
+                _stop(server)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    """End the server so that its next start has nothing to recover."""
+    server.send_signal(signal.SIGINT)
+    try:
+        server.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
 
 
 def _await_start(programs: Path, folder: Path, server: subprocess.Popen[bytes]) -> None:

@@ -21,11 +21,20 @@ START_SECONDS = 180  # a first start migrates an empty database; on a busy machi
 
 
 @contextmanager
-def prefect_server(home: Path, on_sqlite: bool = False) -> Iterator[dict[str, str]]:
+def prefect_server(home: Path, on_sqlite: bool = False, cluster: Path | None = None) -> Iterator[dict[str, str]]:
     """Run a server with a home of its own, on PostgreSQL where that is installed, and yield how Prefect finds it.
 
-    What it records is gone with it, unless it is on SQLite, in its home.
+    What it records is gone with it, unless it is on SQLite, in its home, or on PostgreSQL with a `cluster`.
     """
+    with starting_server(home, on_sqlite, cluster) as environment:
+        address = environment["PREFECT_API_URL"]
+        wait_for(lambda: _answers(f"{address}/health"), START_SECONDS, "Prefect's server", home / "server.log")
+        yield environment
+
+
+@contextmanager
+def starting_server(home: Path, on_sqlite: bool = False, cluster: Path | None = None) -> Iterator[dict[str, str]]:
+    """`prefect_server` without waiting until it answers."""
     address = f"http://127.0.0.1:{_free_port()}/api"
     left_out = ("MLFLOW_TRACKING_URI", "FEDPIPE_STORE")
     environment = {name: value for name, value in os.environ.items() if name not in left_out} | {
@@ -41,20 +50,19 @@ def prefect_server(home: Path, on_sqlite: bool = False) -> Iterator[dict[str, st
     port = address.removesuffix("/api").rpartition(":")[2]
     command = ["server", "start", "--host", "127.0.0.1", "--port", port]
     with (
-        nullcontext({}) if on_sqlite else _database() as database,
-        running(command, environment | database, home / "server.log") as log,
+        nullcontext({}) if on_sqlite else _database(cluster) as database,
+        running(command, environment | database, home / "server.log"),
     ):
-        wait_for(lambda: _answers(f"{address}/health"), START_SECONDS, "Prefect's server", log)
         yield environment
 
 
 @contextmanager
-def _database() -> Iterator[dict[str, str]]:
+def _database(cluster: Path | None) -> Iterator[dict[str, str]]:
     """Where the server keeps its records: SQLite, its default, where no PostgreSQL is installed."""
     programs = postgres_programs()
     if programs is None:
         warnings.warn("PostgreSQL is not installed, so Prefect's server runs on SQLite", stacklevel=2)
-    with nullcontext() if programs is None else postgres_server(programs) as address:
+    with nullcontext() if programs is None else postgres_server(programs, cluster) as address:
         yield {"PREFECT_SERVER_DATABASE_CONNECTION_URL": address} if address else {}
 
 
@@ -65,8 +73,9 @@ def running(arguments: list[str], environment: dict[str, str], log: Path, module
     command = [sys.executable, "-m", module, *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, env=environment, cwd=log.parent, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
+            command, env=environment, cwd=log.parent, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
         try:
             yield log
         finally:

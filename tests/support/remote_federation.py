@@ -26,9 +26,9 @@ START_WORKER = "worker start --pool fedpipe"
 
 
 @contextmanager
-def deployed_server(home: Path, on_sqlite: bool = False) -> Iterator[dict[str, str]]:
+def deployed_server(home: Path, on_sqlite: bool = False, cluster: Path | None = None) -> Iterator[dict[str, str]]:
     """A Prefect server on which everything in `prefect.yaml` is deployed; the environment in which it is found."""
-    with prefect_server(home, on_sqlite) as environment:
+    with prefect_server(home, on_sqlite, cluster) as environment:
         for command in SET_UP:
             call(shlex.split(command), environment, ROOT)
         yield environment
@@ -79,9 +79,9 @@ class EdgeSite:
 
     def start_worker(self) -> None:
         """Start a worker on the edge's queue, as a service manager would."""
-        arguments = ["worker", "start", "--pool", POOL, "--work-queue", self.edge_id, "--name", self.edge_id]
-        environment = self.environment | {"FEDPIPE_EDGE_CONFIG": str(self.config)}
-        self._worker.enter_context(running(arguments, environment, self.log))
+        arguments = ["edge", "worker", str(self.config), "--pool", POOL]
+        environment = self.environment | {"FEDPIPE_EDGE_CONFIG": str(self.config)}  # by which its processes are found
+        self._worker.enter_context(running(arguments, environment, self.log, module="flows"))
 
     @property
     def log(self) -> Path:

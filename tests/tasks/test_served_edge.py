@@ -16,13 +16,13 @@ from fedpipe_core.errors import ConfigError, ModelError, UpdateRefusedError
 from fedpipe_core.plan_schemas import FederationPlan
 from fedpipe_core.profile_schemas import EdgeProfile
 from fedpipe_core.schemas import FailureRecord, FederationRecord, LeaseRecord
-from tasks import edge, edge_judging, federation
+from tasks import edge, edge_judging, federation, served_edge
 from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession, StoppedError
 from tasks.leases import Heartbeat
 from tasks.local_store import LocalStore
 from tasks.records import get_record
-from tasks.served_edge import ServedEdge, load_base, open_session
+from tasks.served_edge import NotOpenedError, ServedEdge, load_base, open_session
 
 LEASE_SECONDS = 1.0
 
@@ -229,6 +229,28 @@ def test_session_is_made_of_the_run_and_the_edges_own_file(
 def test_run_that_is_not_in_the_store_is_told(coordinator: Coordinator, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"east: run elsewhere is not in .*; correct `store` in edge.yaml"):
         open_session(load_edge_config(edge_yaml(tmp_path, coordinator.config)), "elsewhere", coordinator.store.root)
+
+
+def test_edge_that_was_called_early_waits_until_the_run_is_open(
+    coordinator: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_it(_: float) -> None:
+        federation.open_federation(coordinator.config, coordinator.store, coordinator.keys, resume=False)
+
+    monkeypatch.setattr(time, "sleep", open_it)  # the edge looks, and only then is there a run
+    own = load_edge_config(edge_yaml(tmp_path, coordinator.config))
+    session, record = open_session(own, "run", coordinator.store.root, early=True)
+    assert (session.edge_id, record.run) == ("east", "run")
+
+
+def test_edge_that_was_called_early_leaves_no_trace_when_no_run_comes(
+    coordinator: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_edge, "EARLY_SECONDS", 0.1)
+    own, before = load_edge_config(edge_yaml(tmp_path, coordinator.config)), coordinator.store.list()
+    with pytest.raises(NotOpenedError, match=r"run nobody did not appear in .* within 0.1 s"):
+        open_session(own, "nobody", coordinator.store.root, early=True)
+    assert coordinator.store.list() == before
 
 
 def test_other_weights_than_the_federations_are_refused(
