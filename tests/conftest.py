@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -12,7 +13,7 @@ import pytest
 from s3_servers import FaultProxy, fault_proxy, moto_server
 
 if TYPE_CHECKING:
-    from remote_federation import Keys
+    from remote_federation import EdgeSite, Keys
 
 # Before Prefect is imported: its console handler would keep a stream that pytest closes.
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -107,6 +108,32 @@ def remote_environment(
                 "FEDPIPE_SIGNING_KEY": str(keys.path("coordinator")),
             }
         )
+
+
+@pytest.fixture(scope="module")
+def federation(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, keys: "Keys") -> Path:
+    """The tiny federation with the module's CHANGES; two edges have machines of their own, and whoever writes signs."""
+    from remote_federation import REMOTE, federation_keys
+    from tiny_federation import write_federation
+
+    folder = tmp_path_factory.mktemp("federation")
+    write_federation(folder, **federation_keys(REMOTE, keys), **request.module.CHANGES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def edge_environment(remote_environment: dict[str, str]) -> dict[str, str]:
+    """Where remote edges find servers; modules that meddle with their way to S3 have one of their own."""
+    return remote_environment
+
+
+@pytest.fixture(scope="module")
+def sites(edge_environment: dict[str, str], federation: Path, keys: "Keys") -> "Iterator[dict[str, EdgeSite]]":
+    """The machines of the remote edges."""
+    from remote_federation import REMOTE, edge_sites
+
+    with edge_sites(edge_environment, federation, REMOTE, keys) as found:
+        yield found
 
 
 def _apply(environment: dict[str, str], patch: pytest.MonkeyPatch) -> None:

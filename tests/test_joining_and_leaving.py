@@ -5,17 +5,16 @@ update is held on its way; the newcomer is told to leave while its update of rou
 """
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-from commands import running
-from remote_federation import EdgeSite, Keys, edge_sites, federation_keys
+from commands import running, wait_until
+from remote_federation import REMOTE, EdgeSite
 from s3_servers import FaultProxy, fault_proxy
-from tiny_federation import EDGES, write_federation
+from tiny_federation import EDGES
 
 from tasks.plans import plan_at
 from tasks.records import RunKeys
@@ -23,7 +22,6 @@ from tasks.storage import ObjectStore, open_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-REMOTE = ("east", "west")
 ROUNDS, JOINED, LEFT = 8, 3, 5
 PATIENCE_SECONDS = 120
 KEYS = RunKeys("changing")
@@ -38,22 +36,9 @@ def proxy(s3_endpoint: str) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, keys: Keys) -> Path:
-    """Config, model and rows of the federation."""
-    found = tmp_path_factory.mktemp("changing")
-    write_federation(found, **CHANGES, **federation_keys(REMOTE, keys))
-    return found
-
-
-@pytest.fixture(scope="module")
-def sites(
-    remote_environment: dict[str, str], proxy: FaultProxy, folder: Path, keys: Keys
-) -> Iterator[dict[str, EdgeSite]]:
-    """The machines of the remote edges; nobody is at work yet on that of west."""
-    environment = remote_environment | {"AWS_ENDPOINT_URL": proxy.address}
-    with edge_sites(environment, folder, REMOTE, keys) as found:
-        found["west"].kill_worker()
-        yield found
+def edge_environment(remote_environment: dict[str, str], proxy: FaultProxy) -> dict[str, str]:
+    """The way of the edges to the store leads through the proxy."""
+    return remote_environment | {"AWS_ENDPOINT_URL": proxy.address}
 
 
 @pytest.fixture
@@ -69,20 +54,13 @@ def flow_runs(environment: dict[str, str]) -> list[str]:
     return sorted(found["name"] for found in answer.raise_for_status().json())
 
 
-def wait_until_there(store: ObjectStore, key: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not store.exists(key):
-        assert time.monotonic() < deadline, f"{key} did not appear"
-        time.sleep(0.1)
-
-
 def come_and_go(sites: dict[str, EdgeSite], proxy: FaultProxy, store: ObjectStore) -> None:
     """Let west join in round 3 and leave in round 5; the other remote edge is served by one process all the while."""
     with proxy.holding(KEYS.update_data(LEFT, "west")) as west_answers:
         with proxy.holding(KEYS.update_record(JOINED - 1, "east")) as round_is_open:
             assert round_is_open.wait(PATIENCE_SECONDS)
             sites["west"].start_worker()
-            wait_until_there(store, KEYS.profile("west"))
+            wait_until(lambda: store.exists(KEYS.profile("west")), "the newcomer's profile", PATIENCE_SECONDS)
             serving = sites["east"].served()
         assert west_answers.wait(PATIENCE_SECONDS)
         leaving = sites["west"].served()
@@ -94,13 +72,18 @@ def come_and_go(sites: dict[str, EdgeSite], proxy: FaultProxy, store: ObjectStor
 
 
 def test_edge_joins_at_round_3_and_leaves_at_round_5_without_a_restart(
-    remote_environment: dict[str, str], folder: Path, sites: dict[str, EdgeSite], proxy: FaultProxy, store: ObjectStore
+    remote_environment: dict[str, str],
+    federation: Path,
+    sites: dict[str, EdgeSite],
+    proxy: FaultProxy,
+    store: ObjectStore,
 ) -> None:
     arguments = ("--run", KEYS.run, "--no-release", "--json", "--set", f"store={store.root}")
-    with running(remote_environment, folder, "run", folder / "federation.yaml", *arguments) as process:
+    sites["west"].kill_worker()  # nobody is at work yet on its machine
+    with running(remote_environment, federation, "run", federation / "federation.yaml", *arguments) as process:
         come_and_go(sites, proxy, store)
         stdout, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    said = (folder / "stderr").read_text()
+    said = (federation / "stderr").read_text()
     assert process.returncode == 0, said
     rounds, two, all_three = json.loads(stdout)["rounds"], ["east", "north"], list(EDGES)
     before, during, after = JOINED - 1, LEFT - JOINED, ROUNDS - LEFT + 1

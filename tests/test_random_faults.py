@@ -19,13 +19,12 @@ from uuid import uuid4
 
 import pytest
 from commands import run_to_end, running
-from remote_federation import EdgeSite, Keys, edge_sites, federation_keys
+from remote_federation import REMOTE, EdgeSite
 from s3_servers import Fault, FaultProxy, fault_proxy
 from tiny_federation import EDGES, write_federation
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-REMOTE = ("east", "west")
 ROUNDS = 8
 CHANGES = {
     "rounds": ROUNDS,
@@ -62,21 +61,9 @@ def proxy(s3_endpoint: str, dice: random.Random) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, keys: Keys) -> Path:
-    """Config, model and rows of the federation."""
-    found = tmp_path_factory.mktemp("disturbed")
-    write_federation(found, **CHANGES, **federation_keys(REMOTE, keys))
-    return found
-
-
-@pytest.fixture(scope="module")
-def sites(
-    remote_environment: dict[str, str], proxy: FaultProxy, folder: Path, keys: Keys
-) -> Iterator[dict[str, EdgeSite]]:
-    """The machines of its remote edges, whose way to the store leads through the proxy."""
-    environment = remote_environment | {"AWS_ENDPOINT_URL": proxy.address}
-    with edge_sites(environment, folder, REMOTE, keys) as found:
-        yield found
+def edge_environment(remote_environment: dict[str, str], proxy: FaultProxy) -> dict[str, str]:
+    """The way of the edges to the store leads over the bad line."""
+    return remote_environment | {"AWS_ENDPOINT_URL": proxy.address}
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +125,7 @@ def trained_again(answered: list[tuple[str, int]]) -> list[str]:
 
 
 def test_runs_disturbed_at_random_end_in_the_same_bytes_and_train_nothing_again(
-    folder: Path,
+    federation: Path,
     sites: dict[str, EdgeSite],
     proxy: FaultProxy,
     dice: random.Random,
@@ -147,15 +134,16 @@ def test_runs_disturbed_at_random_end_in_the_same_bytes_and_train_nothing_again(
 ) -> None:
     for seconds in OUTAGE_SECONDS:
         name, first = f"run-{uuid4().hex[:8]}", len(proxy.answered)
-        arguments = ("run", folder / "federation.yaml", "--run", name, "--no-release", "--json")
+        arguments = ("run", federation / "federation.yaml", "--run", name, "--no-release", "--json")
         arguments += ("--set", f"store=s3://{s3_bucket}/{name}")
         kinds, code, attempts = dice.sample([*DISTURBANCES, f"outage {seconds}"], len(DISTURBANCES) + 1), None, 0
         while code != 0:
             begun = any(re.fullmatch(r"PUT \S+/federation\.json", request) for request, _ in proxy.answered[first:])
-            with running(sites["east"].environment, folder, *arguments, *(["--resume"] if begun else [])) as process:
+            resumed = ["--resume"] if begun else []
+            with running(sites["east"].environment, federation, *arguments, *resumed) as process:
                 disturb(process, kinds, sites, proxy, dice)
                 stdout, _ = process.communicate(timeout=PATIENCE_SECONDS)
-            code, attempts, said = process.returncode, attempts + 1, (folder / "stderr").read_text()
+            code, attempts, said = process.returncode, attempts + 1, (federation / "stderr").read_text()
             print(f"{time.monotonic():.1f} s: {name} ended with {code}\n{said}")
             assert code in (0, -signal.SIGKILL) or "could not be reached" in said, said
             assert attempts < MOST_ATTEMPTS

@@ -5,9 +5,7 @@ import random
 import re
 import shlex
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,35 +13,18 @@ from uuid import uuid4
 import httpx
 import psutil
 import pytest
-from commands import Outcome, run_to_end, running
+from commands import RUN_SECONDS, Outcome, run_to_end, running, wait_for_object
 from prefect_processes import ask, starting_server, wait_for
 from prefect_processes import running as worker_running
-from remote_federation import START_WORKER, EdgeSite, Keys, edge_sites, federation_keys, write_edge_config
+from remote_federation import REMOTE, START_WORKER, EdgeSite, Keys, federation_keys, write_edge_config
 from tiny_federation import EDGES, write_config, write_federation
 
 from flows.deployed import read_config
 
 pytestmark = pytest.mark.slow
 
-REMOTE = ("east", "west")
-RUN_SECONDS = 300
 ROUNDS = 4
-FAST = {"rounds": ROUNDS, "remote.poll_seconds": 0.1, "remote.lease_seconds": 8}
-
-
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory, keys: Keys) -> Path:
-    """A tiny federation two of whose edges have machines of their own; whoever writes to its store signs."""
-    folder = tmp_path_factory.mktemp("federation")
-    write_federation(folder, **federation_keys(REMOTE, keys), **FAST)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sites(remote_environment: dict[str, str], federation: Path, keys: Keys) -> Iterator[dict[str, EdgeSite]]:
-    """The machines of those edges."""
-    with edge_sites(remote_environment, federation, REMOTE, keys) as found:
-        yield found
+CHANGES = {"rounds": ROUNDS, "remote.poll_seconds": 0.1, "remote.lease_seconds": 8}
 
 
 def run_arguments(folder: Path, name: str, *more: object) -> tuple[object, ...]:
@@ -61,19 +42,10 @@ def undisturbed(
 ) -> dict[str, Any]:
     """What the same federation comes to with all edges in one process."""
     folder = tmp_path_factory.mktemp("local")
-    write_federation(folder, **FAST)
+    write_federation(folder, **CHANGES)
     outcome = finish(remote_environment, folder, "local")
     assert outcome.exit_code == 0, outcome.stderr
     return outcome.document
-
-
-def wait_until(path: Path, process: subprocess.Popen[str] | None = None) -> None:
-    """Wait until an object is in the store."""
-    deadline = time.monotonic() + RUN_SECONDS
-    while not path.exists():
-        assert process is None or process.poll() is None, "the command ended before the object was there"
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.005)
 
 
 def edge_processes(sites: dict[str, EdgeSite]) -> list[psutil.Process]:
@@ -115,7 +87,7 @@ def test_edges_on_machines_of_their_own_judge_where_the_coordinator_has_no_rows(
     without = [f"--set={change}" for change in ('data.test=""', "data.label_name_column=null")]
     store, last = federation / "out/store/judged", f"rounds/{ROUNDS + 1:04d}"
     with running(remote_environment, federation, *run_arguments(federation, "judged", *without)) as process:
-        wait_until(store / last / "global.json", process)
+        wait_for_object(store / last / "global.json", process)
         process.kill()
     seen = records(store)
     outcome = finish(remote_environment, federation, "judged", "--resume", *without)
@@ -134,7 +106,7 @@ def test_killed_coordinator_finds_its_edges_again_and_repeats_nothing(
 ) -> None:
     store = federation / "out/store/killed"
     with running(remote_environment, federation, *run_arguments(federation, "killed")) as process:
-        wait_until(store / "rounds/0002/global.json", process)
+        wait_for_object(store / "rounds/0002/global.json", process)
         time.sleep(random.uniform(0, 1))
         process.kill()
     seen = records(store)
@@ -150,7 +122,7 @@ def test_killed_edge_is_started_again_and_the_run_ends_in_the_same_bytes(
 ) -> None:
     store = federation / "out/store/maimed"
     with running(remote_environment, federation, *run_arguments(federation, "maimed")) as process:
-        wait_until(store / "rounds/0002/updates/east.json", process)
+        wait_for_object(store / "rounds/0002/updates/east.json", process)
         assert sites["east"].kill_edge()
         stdout, _ = process.communicate(timeout=RUN_SECONDS)
     assert process.returncode == 0, (federation / "stderr").read_text()
@@ -164,7 +136,7 @@ def test_interrupted_coordinator_stops_every_edge_within_30_seconds(
 ) -> None:
     store = federation / "out/store/stopped"
     with running(remote_environment, federation, *run_arguments(federation, "stopped")) as process:
-        wait_until(store / "rounds/0001/updates/west.json", process)
+        wait_for_object(store / "rounds/0001/updates/west.json", process)
         served = edge_processes(sites)
         interrupted = time.monotonic()
         process.send_signal(signal.SIGINT)
@@ -227,7 +199,7 @@ def test_run_cancelled_in_the_ui_stops_every_edge_within_30_seconds(
         httpx.Client(base_url=remote_environment["PREFECT_API_URL"], timeout=30) as api,
     ):
         flow_run = start_as_the_ui_does(api, federation, "cancelled")
-        wait_until(federation / "out/store/cancelled/rounds/0001/updates/west.json")
+        wait_for_object(federation / "out/store/cancelled/rounds/0001/updates/west.json")
         served = edge_processes(sites)
         ask(api, "POST", f"{flow_run}/set_state", {"state": {"type": "CANCELLING"}}).raise_for_status()
         _, alive = psutil.wait_procs(served, timeout=30)
@@ -238,9 +210,9 @@ def test_edge_that_never_appears_is_named_and_the_quorum_goes_on(
     remote_environment: dict[str, str], federation: Path, sites: dict[str, EdgeSite], keys: Keys
 ) -> None:
     limits = {"rounds": 1, "remote.start_seconds": 40, "min_edges": 2}
-    write_config(federation, **federation_keys(EDGES, keys), **FAST | limits)
+    write_config(federation, **federation_keys(EDGES, keys), **CHANGES | limits)
     outcome = finish(remote_environment, federation, "without-north")
-    write_config(federation, **federation_keys(REMOTE, keys), **FAST)
+    write_config(federation, **federation_keys(REMOTE, keys), **CHANGES)
     assert outcome.exit_code == 0, outcome.stderr
     assert outcome.document["rounds"][0]["participants"] == ["east", "west"]
     assert "north is planned for when its profile comes: did not start within 40 s" in outcome.stderr
@@ -252,7 +224,7 @@ def test_too_few_edges_fail_the_run_by_name_and_it_can_be_resumed(
     west, strict = sites["west"], ("--set", "min_edges=3", "--set", "remote.restarts=0")
     store = federation / "out/store/few"
     with running(remote_environment, federation, *run_arguments(federation, "few", *strict)) as process:
-        wait_until(store / "rounds/0002/updates/west.json", process)
+        wait_for_object(store / "rounds/0002/updates/west.json", process)
         assert west.kill_edge()
         process.communicate(timeout=RUN_SECONDS)
     assert process.returncode == 1
@@ -271,10 +243,10 @@ def test_straggler_is_dropped_at_the_deadline_and_catches_up(
     store = federation / "out/store/slow"
     patient = ("--set", "remote.grace_seconds=4", "--set", "remote.lease_seconds=40")
     with running(remote_environment, federation, *run_arguments(federation, "slow", *patient)) as process:
-        wait_until(store / "plan.json", process)
+        wait_for_object(store / "plan.json", process)
         (east,) = sites["east"].served()
         east.suspend()
-        wait_until(store / "rounds/0002/global.json", process)
+        wait_for_object(store / "rounds/0002/global.json", process)
         east.resume()
         stdout, _ = process.communicate(timeout=RUN_SECONDS)
     assert process.returncode == 0, (federation / "stderr").read_text()

@@ -2,47 +2,22 @@
 
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from commands import run_to_end, running
-from remote_federation import EdgeSite, Keys, edge_sites, federation_keys, write_edge_config
-from tiny_federation import EDGES, write_federation
+from commands import RUN_SECONDS, run_to_end, running, wait_for_object
+from remote_federation import REMOTE, EdgeSite, Keys, write_edge_config
+from tiny_federation import EDGES
 
 from fedpipe_core.signatures import new_key, sign_record, unsigned
 
 pytestmark = pytest.mark.slow
 
-REMOTE = ("east", "west")
-RUN_SECONDS = 300
+CHANGES = {"rounds": 7, "min_edges": 1, "remote.poll_seconds": 0.1, "remote.lease_seconds": 40}
 STRANGER = new_key()
-
-
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory, keys: Keys) -> Path:
-    """A tiny federation that goes on with a single edge."""
-    folder = tmp_path_factory.mktemp("tampered")
-    changes = {"rounds": 7, "min_edges": 1, "remote.poll_seconds": 0.1, "remote.lease_seconds": 40}
-    write_federation(folder, **federation_keys(REMOTE, keys), **changes)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sites(remote_environment: dict[str, str], federation: Path, keys: Keys) -> Iterator[dict[str, EdgeSite]]:
-    """The machines of two edges."""
-    with edge_sites(remote_environment, federation, REMOTE, keys) as found:
-        yield found
-
-
-def wait_until(path: Path) -> None:
-    deadline = time.monotonic() + RUN_SECONDS
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.002)
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -102,23 +77,23 @@ def test_every_forgery_is_refused_for_what_it_is_and_the_round_goes_on(
         coordinator = psutil.Process(process.pid)
         for index, (attack, _) in enumerate(ATTACKS, start=1):
             updates = store / f"rounds/{index:04d}/updates"
-            wait_until(updates.with_name("global.json"))
+            wait_for_object(updates.with_name("global.json"))
             coordinator.suspend()  # so that it reads the updates after the attack
             for edge_id in REMOTE:
-                wait_until(updates / f"{edge_id}.json")
+                wait_for_object(updates / f"{edge_id}.json")
             attack(updates)
             if index == len(ATTACKS):
                 (east,) = sites["east"].served()
                 east.suspend()
             coordinator.resume()
         forged = store / f"rounds/{len(ATTACKS) + 1:04d}/global.json"
-        wait_until(forged)
+        wait_for_object(forged)
         coordinator.suspend()
         signed = forged.read_bytes()
         rewrite(forged, unsigned)  # east is told to train an adapter that its coordinator did not sign
         east.resume()
         failure = forged.with_name("failures") / "east.json"
-        wait_until(failure)
+        wait_for_object(failure)
         refused = json.loads(failure.read_bytes())["reason"]
         forged.write_bytes(signed)
         coordinator.resume()

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 from typer.testing import CliRunner
 
 from flows.cli import app
+
+RUN_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,22 @@ def running(environment: dict[str, str], folder: Path, *arguments: object) -> It
         )
         with process:
             yield process
+
+
+def wait_until(
+    there: Callable[[], bool], what: str, seconds: float, process: subprocess.Popen[str] | None = None
+) -> None:
+    """Return as soon as something is there; fails when it is not in time, or when the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert process is None or process.poll() is None, f"the command ended before {what} was there"
+        assert time.monotonic() < deadline, f"{what} did not appear"
+        time.sleep(0.003)
+
+
+def wait_for_object(path: Path, process: subprocess.Popen[str] | None = None) -> None:
+    """`wait_until` an object lies in a store that is a folder."""
+    wait_until(path.exists, str(path), RUN_SECONDS, process)
 
 
 def _hear_interrupts() -> None:

@@ -17,6 +17,7 @@ from fedpipe_core.signatures import new_key, save_key
 
 ROOT = Path(__file__).parents[2]
 POOL = "edges"
+REMOTE = ("east", "west")
 SET_UP = (
     "work-pool create fedpipe --type process",
     f"work-pool create {POOL} --type process",
