@@ -154,7 +154,9 @@ class AggregationSpec(Spec):
         0.999, gt=0, le=1, description="Share of the squared singular values the global adapter keeps"
     )
     outliers: Literal["reject", "clip", "accept"] = Field(
-        "reject", description="What happens to an update whose norm is far above the other edges'"
+        "reject",
+        description="What happens to an update whose norm is far above the other edges'. Unless it is `accept`, one "
+        "that opposes the others counts only where the loss on the coordinator's held-out rows is lower with it",
     )
     outlier_factor: float = Field(
         5.0, gt=1, description="An update is an outlier when its norm exceeds this many times the edges' median"

@@ -44,6 +44,9 @@ class GlobalRecord(Record):
     refused: dict[str, str] = Field(default_factory=dict, description="sha256 of each update that did not count")
     dropped: dict[str, str] = Field(default_factory=dict, description="Edges that did not count, with the reason")
     opposed: tuple[str, ...] = Field((), description="Edges refused for their direction, until they agree again")
+    pardoned: tuple[str, ...] = Field(
+        (), description="Edges that count though they oppose the others, since held-out rows are better met with them"
+    )
     ranks: dict[str, int] = Field(description="Rank per module")
 
 

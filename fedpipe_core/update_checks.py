@@ -79,11 +79,24 @@ def _check_tensor(what: str, value: Tensor, shape: tuple[int, ...]) -> None:
 
 
 class Screening(NamedTuple):
-    """Updates that count, the reason of each refused edge, and the edges that must agree before they count again."""
+    """Updates that count, the reason of each refused edge, and the edges that must agree before they count again.
+
+    `suspects` are the updates refused for their direction alone, which a better judge may let count.
+    """
 
     counted: list[Update]
     refused: dict[str, str]
     opposed: tuple[str, ...]
+    suspects: tuple[Update, ...] = ()
+
+    def pardon(self, suspect: Update) -> "Screening":
+        """The same with a suspect counted."""
+        return Screening(
+            sorted([*self.counted, suspect], key=lambda update: update.edge_id),
+            {edge_id: reason for edge_id, reason in self.refused.items() if edge_id != suspect.edge_id},
+            tuple(edge_id for edge_id in self.opposed if edge_id != suspect.edge_id),
+            tuple(other for other in self.suspects if other is not suspect),
+        )
 
 
 def screen_updates(updates: Sequence[Update], spec: AggregationSpec, opposed: Collection[str] = ()) -> Screening:
@@ -103,15 +116,17 @@ def screen_updates(updates: Sequence[Update], spec: AggregationSpec, opposed: Co
     ordered = sorted(updates, key=lambda update: update.edge_id)
     if spec.outliers == "accept":
         return Screening(ordered, {}, ())
-    counted, refused = _screen_magnitude(ordered, spec)
-    reversed_now = _still_opposed(counted, opposed)
-    agreed = {update.edge_id for update in counted} - set(reversed_now)
-    counted = [update for update in counted if update.edge_id not in reversed_now]
+    usual, refused = _screen_magnitude(ordered, spec)
+    reversed_now = _still_opposed(usual, opposed)
+    agreed = {update.edge_id for update in usual} - set(reversed_now)
+    counted = [update for update in usual if update.edge_id not in reversed_now]
     while reversed_edge := _most_reversed(counted):
         edge, reason = reversed_edge
         reversed_now[edge] = reason
         counted = [update for update in counted if update.edge_id != edge]
-    return Screening(counted, refused | reversed_now, tuple(sorted({*opposed} - agreed | set(reversed_now))))
+    still_opposed = tuple(sorted({*opposed} - agreed | set(reversed_now)))
+    suspects = tuple(update for update in usual if update.edge_id in reversed_now)
+    return Screening(counted, refused | reversed_now, still_opposed, suspects)
 
 
 def _screen_magnitude(ordered: Sequence[Update], spec: AggregationSpec) -> tuple[list[Update], dict[str, str]]:

@@ -4,8 +4,9 @@ The same function serves the coordinator, which publishes what it returns, and t
 which compares. It needs the records and updates alone, no base model.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,7 +19,7 @@ from fedpipe_core.errors import FedPipeError, UpdateRefusedError
 from fedpipe_core.plan_schemas import EdgePlan, FederationPlan
 from fedpipe_core.schemas import FailureRecord, GlobalRecord, UpdateRecord
 from fedpipe_core.trials import settled
-from fedpipe_core.update_checks import check_update, screen_updates
+from fedpipe_core.update_checks import Screening, check_update, screen_updates
 from fedpipe_core.wire import encode_adapter
 from fedpipe_core.wire_updates import decode_update, open_update
 from tasks.edge import edge_start, read_global
@@ -26,6 +27,10 @@ from tasks.records import RunKeys, get_data, get_data_file, get_record
 from tasks.storage import ObjectStore
 
 MOST_HELD_BYTES = 64 * 2**20  # of encoded updates; a round's others are read module by module, at each use
+
+
+# Whether an edge whose change opposes the others' counts, told how to make the adapter had it stood still, and with it.
+Arbiter = Callable[[str, Callable[[], Adapter], Callable[[], Adapter]], bool]
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Combination:
     """The encoded adapter that a round led to, and what became of every edge.
 
     `counted` and `refused` hold the hash of each update that was there; `dropped` the reason of every edge that did not
-    count, whether its update was refused or never came.
+    count, whether its update was refused or never came; `pardoned` the edges that count though they oppose the others.
     """
 
     data: bytes
@@ -53,38 +58,63 @@ class Combination:
     refused: dict[str, str]
     dropped: dict[str, str]
     opposed: tuple[str, ...]
+    pardoned: tuple[str, ...] = ()
 
 
-def combine_updates(run: StoredRun, round_index: int, answered: Collection[str] | None = None) -> Combination:
+def combine_updates(
+    run: StoredRun, round_index: int, arbiter: Arbiter | None = None, answered: Collection[str] | None = None
+) -> Combination:
     """Check a round's updates and aggregate those that count; the order in which edges finished changes no byte.
 
-    With `answered` every other edge is taken for one without an answer, though its update may have come since.
+    An update that opposes the others is refused, unless the `arbiter` lets it count. With `answered` every other edge
+    is taken for one without an answer, though its update may have come since.
     Raises IntegrityError when the adapter the round started from is missing or damaged.
     """
     torch.set_num_threads(1)  # factors are small: threads that wait for each other cost more than they save
     record, previous = read_global(run.store, run.keys, round_index, run.config.coordinator_signs)
     asked = [edge_id for edge_id in run.plan.edges if answered is None or edge_id in answered]
     with TemporaryDirectory(prefix="fedpipe-updates-") as folder:
-        return _combined(UpdateReader(run, record, previous, Path(folder)), asked)
+        return _combined(UpdateReader(run, record, previous, Path(folder)), asked, arbiter)
 
 
-def _combined(reader: "UpdateReader", asked: Collection[str]) -> Combination:
+def _combined(reader: "UpdateReader", asked: Collection[str], arbiter: Arbiter | None) -> Combination:
     run, record, previous = reader.run, reader.start, reader.previous
+    before = _before_previous(run, record.round)
     updates, records, dropped = _read_updates(reader, asked)
-    counted, refused, opposed = screen_updates(updates, run.config.aggregation, record.opposed)
-    dropped = run.plan.dropped | dropped | refused
-    found = aggregate(previous, counted, run.config.aggregation, _before_previous(run, record.round))
+
+    def combined(counted: Sequence[Update]) -> Adapter:
+        return aggregate(previous, counted, run.config.aggregation, before).adapter
+
+    screening = screen_updates(updates, run.config.aggregation, record.opposed)
+    screening, pardoned = _arbitrated(screening, combined, arbiter)
     hashes = {edge_id: update.adapter.sha256 for edge_id, update in records.items()}
-    used = {update.edge_id: hashes[update.edge_id] for update in counted}
-    adapter = settled(found.adapter, previous.ranks, run.plan, {edge_id: records[edge_id] for edge_id in used})
+    used = {update.edge_id: hashes[update.edge_id] for update in screening.counted}
+    answers = {edge_id: records[edge_id] for edge_id in used}
+    adapter = settled(combined(screening.counted), previous.ranks, run.plan, answers)
     return Combination(
         data=encode_adapter(adapter, run.config.exchange.global_dtype),
         ranks=adapter.ranks,
         counted=used,
         refused={edge_id: sha256 for edge_id, sha256 in hashes.items() if edge_id not in used},
-        dropped=dropped,
-        opposed=opposed,
+        dropped=run.plan.dropped | dropped | screening.refused,
+        opposed=screening.opposed,
+        pardoned=pardoned,
     )
+
+
+def _arbitrated(
+    screening: Screening, combined: Callable[[Sequence[Update]], Adapter], arbiter: Arbiter | None
+) -> tuple[Screening, tuple[str, ...]]:
+    """The screening after every suspect was heard, one after another, and the edges that were pardoned."""
+    pardoned: list[str] = []
+    for suspect in screening.suspects if arbiter else ():
+        together = screening.pardon(suspect)
+        # Against its standing still, not its absence: that would let a reversed change count for damping the others'.
+        still = [*screening.counted, replace(suspect, trained=suspect.start)]
+        if arbiter and arbiter(suspect.edge_id, partial(combined, still), partial(combined, together.counted)):
+            screening = together
+            pardoned.append(suspect.edge_id)
+    return screening, tuple(pardoned)
 
 
 def update_record(

@@ -6,25 +6,27 @@ Everything it decides is written to the store before the next step begins; a ste
 import hashlib
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from fedpipe_core.adapters import Adapter
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.errors import ConfigError, PlanError, QuorumError, SignatureError
-from fedpipe_core.evaluation import share_of
+from fedpipe_core.evaluation import metrics_of, share_of
 from fedpipe_core.methods import method_shape
 from fedpipe_core.plan_schemas import FederationPlan, SavedPlan
 from fedpipe_core.planning import plan_federation
 from fedpipe_core.predictions import Answers
 from fedpipe_core.profile_schemas import EdgeProfile
 from fedpipe_core.schemas import FederationRecord, GlobalRecord, UpdateRecord
+from fedpipe_core.tokenizing import TokenizedExamples
 from fedpipe_core.wire import encode_adapter
 from tasks import progress
-from tasks.aggregation import Combination, StoredRun, combine_updates, update_record
+from tasks.aggregation import Arbiter, Combination, StoredRun, combine_updates, update_record
 from tasks.coordinator import Coordinator
 from tasks.edge import dense_base, read_global
 from tasks.keys import is_key
@@ -148,7 +150,8 @@ def aggregate_round(coordinator: Coordinator, federation_plan: FederationPlan, r
         return known
     run = StoredRun(coordinator.config, coordinator.store, coordinator.keys, coordinator.base.sha256, federation_plan)
     with progress.working("coordinator", "aggregate"):
-        found = combine_updates(run, round_index)
+        arbiter = _held_out_arbiter(coordinator) if coordinator.config.coordinator_judges else None
+        found = combine_updates(run, round_index, arbiter)
         told = f"round {round_index} has {len(found.counted)} updates that count"
         require_quorum(coordinator.config, told, len(found.counted), found.dropped)
     return _publish_adapter(coordinator, round_index + 1, found)
@@ -161,8 +164,32 @@ def evaluate(coordinator: Coordinator, round_index: int, whole: bool) -> Answers
     _, adapter = read_global(coordinator.store, coordinator.keys, round_index, signed_by)
     share = None if whole else share_of(coordinator.held_out, coordinator.config)
     with progress.working("coordinator", "evaluate"):
-        model = coordinator.form.judged(coordinator.base.model, adapter)  # what would be released now
-        return coordinator.judge(model, share)
+        return _judged(coordinator, adapter, share)
+
+
+def _judged(coordinator: Coordinator, adapter: Adapter, rows: TokenizedExamples | None) -> Answers:
+    """Answers of what would be released now, on the given held-out rows or on all of them."""
+    return coordinator.judge(coordinator.form.judged(coordinator.base.model, adapter), rows)
+
+
+def _held_out_arbiter(coordinator: Coordinator) -> Arbiter:
+    """Let an update that opposes the others count where it takes the loss on held-out rows down.
+
+    An edge with labels of its own, when the others have learned theirs, points as far against them as one that sends
+    its change reversed; what tells them apart is what they do (Zeno, 1805.10032).
+    """
+
+    def counts(edge_id: str, still: Callable[[], Adapter], moved: Callable[[], Adapter]) -> bool:
+        rows = share_of(coordinator.held_out, coordinator.config) or coordinator.held_out
+        before, after = (metrics_of(_judged(coordinator, make(), rows))["loss"] for make in (still, moved))
+        verdict = "counts" if after < before else "does not count"
+        progress.note(
+            f"{edge_id}: its change opposes the other edges', and {verdict}: it takes the held-out loss from "
+            f"{before:.4f} to {after:.4f}"
+        )
+        return after < before
+
+    return counts
 
 
 def round_updates(coordinator: Coordinator, round_index: int) -> dict[str, UpdateRecord]:
@@ -237,6 +264,7 @@ def _publish_adapter(coordinator: Coordinator, round_index: int, found: Combinat
         refused=found.refused,
         dropped=found.dropped,
         opposed=found.opposed,
+        pardoned=found.pardoned,
         ranks=found.ranks,
     )
     put_record(coordinator.store, keys.global_record(round_index), record, coordinator.signing_key)

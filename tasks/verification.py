@@ -128,7 +128,10 @@ def _recompute(run: StoredRun, index: int, made: GlobalRecord) -> tuple[str | No
     subject = f"round {index}"
     try:
         planned = replace(run, plan=plan_at(run.store, run.keys, index, run.config.coordinator_signs))
-        again = combine_updates(planned, index, answered={*made.counted, *made.refused})
+        # Who was pardoned, the coordinator's signed record tells: judging again would need the base and its machine.
+        again = combine_updates(
+            planned, index, lambda edge_id, *_: edge_id in made.pardoned, answered={*made.counted, *made.refused}
+        )
     except FedPipeError as error:
         return None, [Fault(subject=subject, found=f"cannot be computed again: {error}")]
     sha256 = hashlib.sha256(again.data).hexdigest()

@@ -106,7 +106,7 @@ def test_missing_and_unplanned_modules_and_examples_are_refused():
 
 def test_honest_updates_all_count():
     updates = _updates()
-    counted, refused, _ = screen_updates(updates, AggregationSpec())
+    counted, refused, *_ = screen_updates(updates, AggregationSpec())
     assert [update.edge_id for update in counted] == [update.edge_id for update in updates]
     assert refused == {}
 
@@ -114,7 +114,7 @@ def test_honest_updates_all_count():
 @pytest.mark.parametrize("count", [2, 3, 5, 9])
 def test_a_change_a_thousand_times_too_large_is_refused(count):
     updates = _updates(count)
-    counted, refused, _ = screen_updates([_scaled(updates[0], 1000.0), *updates[1:]], AggregationSpec())
+    counted, refused, *_ = screen_updates([_scaled(updates[0], 1000.0), *updates[1:]], AggregationSpec())
     assert list(refused) == ["edge-0"]
     assert "edge-0: changed by a norm of" in refused["edge-0"]
     assert len(counted) == count - 1
@@ -137,7 +137,7 @@ def test_a_change_that_overflows_is_refused():
 def test_clipping_scales_both_parts_of_a_change_to_what_is_usual():
     updates = _updates()
     spec = AggregationSpec(outliers="clip", outlier_factor=2.0)
-    counted, refused, _ = screen_updates([_scaled(updates[0], 1000.0), *updates[1:]], spec)
+    counted, refused, *_ = screen_updates([_scaled(updates[0], 1000.0), *updates[1:]], spec)
     usual = sorted(change_norms(update)["m"] for update in updates[1:])
     assert refused == {}
     assert change_norms(counted[0])["m"] == pytest.approx((usual[1] + usual[2]) / 2, rel=1e-3)
@@ -150,7 +150,7 @@ def test_clipping_moves_factors_of_equal_rank_along_their_way():
     begin, end = updates[0].start.factors["m"], updates[0].trained.factors["m"]
     far = LowRank(begin.B + 50 * (end.B - begin.B), begin.A + 50 * (end.A - begin.A))
     spec = AggregationSpec(outliers="clip")
-    counted, _, _ = screen_updates([_with_factors(updates[0], far), *updates[1:]], spec)
+    counted, *_ = screen_updates([_with_factors(updates[0], far), *updates[1:]], spec)
     usual = sorted(change_norms(update)["m"] for update in updates[1:])
     assert counted[0].trained.factors["m"].rank == RANK
     assert change_norms(counted[0])["m"] == pytest.approx((usual[1] + usual[2]) / 2, rel=1e-3)
@@ -159,14 +159,14 @@ def test_clipping_moves_factors_of_equal_rank_along_their_way():
 def test_accepting_lets_everything_count():
     updates = _updates()
     attacked = [_scaled(updates[0], -1000.0), *updates[1:]]
-    assert screen_updates(attacked, AggregationSpec(outliers="accept")) == (attacked, {}, ())
+    assert screen_updates(attacked, AggregationSpec(outliers="accept")) == (attacked, {}, (), ())
 
 
 @pytest.mark.parametrize("agreement", [0.2, 0.5, 0.9])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_change_with_its_sign_flipped_is_refused(agreement, seed):
     updates = _updates(agreement=agreement, seed=seed)
-    _, refused, _ = screen_updates([*updates[:2], _scaled(updates[2], -1.0), *updates[3:]], AggregationSpec())
+    _, refused, *_ = screen_updates([*updates[:2], _scaled(updates[2], -1.0), *updates[3:]], AggregationSpec())
     assert list(refused) == ["edge-2"]
     assert "opposes the other edges' with cosine -" in refused["edge-2"]
 
@@ -183,9 +183,9 @@ def test_reversed_factors_are_refused_however_far_they_went(size):
 def test_an_edge_that_opposed_the_others_counts_again_when_it_agrees():
     updates = _updates()
     reversed_edge = _scaled(updates[2], -1.0)
-    _, _, opposed = screen_updates([*updates[:2], reversed_edge, *updates[3:]], AggregationSpec())
+    _, _, opposed, _ = screen_updates([*updates[:2], reversed_edge, *updates[3:]], AggregationSpec())
     assert opposed == ("edge-2",)
-    counted, refused, opposed = screen_updates(updates, AggregationSpec(), opposed)
+    counted, refused, opposed, _ = screen_updates(updates, AggregationSpec(), opposed)
     assert (len(counted), refused, opposed) == (5, {}, ())
 
 
@@ -193,7 +193,7 @@ def test_an_edge_that_opposed_the_others_stays_out_while_nobody_agrees():
     updates = _updates(agreement=0.0, seed=1)
     assert screen_updates(updates, AggregationSpec()).refused == {}
     apart = min(cosines_with_the_rest(updates).items(), key=lambda found: found[1])[0]
-    counted, refused, opposed = screen_updates(updates, AggregationSpec(), [apart, "edge-9"])
+    counted, refused, opposed, _ = screen_updates(updates, AggregationSpec(), [apart, "edge-9"])
     assert (list(refused), opposed) == ([apart], tuple(sorted([apart, "edge-9"])))
     assert f"{apart}: its change opposed the other edges' before" in refused[apart]
     assert apart not in {update.edge_id for update in counted}
@@ -240,7 +240,7 @@ def test_edges_that_changed_nothing_make_nobody_an_outlier():
 @pytest.mark.parametrize("factor", [1000.0, -1.0])
 def test_the_aggregate_without_a_refused_edge_is_the_one_it_never_joined(factor):
     updates = _updates()
-    counted, _, _ = screen_updates([_scaled(updates[0], factor), *updates[1:]], AggregationSpec())
+    counted, *_ = screen_updates([_scaled(updates[0], factor), *updates[1:]], AggregationSpec())
     found = aggregate(updates[0].start, counted, AggregationSpec()).adapter.factors["m"]
     needed = aggregate(updates[0].start, updates[1:], AggregationSpec()).adapter.factors["m"]
     assert found.equals(needed)
@@ -251,3 +251,15 @@ def test_the_median_of_the_others_is_that_of_the_list_without_one(values):
     for index, value in enumerate(values):
         assert median_without(sorted(values), value) == median(values[:index] + values[index + 1 :])
     assert median_without([1.0], 1.0) is None
+
+
+def test_edge_refused_for_its_direction_alone_is_a_suspect_and_counts_once_it_is_pardoned():
+    updates = _updates(6, 0.9)
+    attacked = [_scaled(updates[0], 1000.0), updates[1], _scaled(updates[2], -1.0), *updates[3:]]
+    found = screen_updates(attacked, AggregationSpec())
+    assert sorted(found.refused) == ["edge-0", "edge-2"]
+    assert [suspect.edge_id for suspect in found.suspects] == ["edge-2"]
+    pardoned = found.pardon(found.suspects[0])
+    assert [update.edge_id for update in pardoned.counted] == ["edge-1", "edge-2", "edge-3", "edge-4", "edge-5"]
+    assert list(pardoned.refused) == ["edge-0"]
+    assert (found.opposed, pardoned.opposed, pardoned.suspects) == (("edge-2",), (), ())
