@@ -25,7 +25,7 @@ def postgres_programs() -> Path | None:
 
 
 def may_keep(cluster: Path) -> bool:
-    """Whether PostgreSQL can have its cluster there: its user, who is not root, has to get through every folder above."""
+    """Whether PostgreSQL can have its cluster there: its user, never root, has to get through every folder above."""
     above = [folder for folder in cluster.absolute().parents if folder.exists()]
     return os.geteuid() != 0 or all(folder.stat().st_mode & stat.S_IXOTH for folder in above)
 
