@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -21,6 +22,12 @@ def postgres_programs() -> Path | None:
         return found[-1].parent
     on_path = shutil.which("initdb")
     return Path(on_path).resolve().parent if on_path else None
+
+
+def may_keep(cluster: Path) -> bool:
+    """Whether PostgreSQL can have its cluster there: its user, never root, has to get through every folder above."""
+    above = [folder for folder in cluster.absolute().parents if folder.exists()]
+    return os.geteuid() != 0 or all(folder.stat().st_mode & stat.S_IXOTH for folder in above)
 
 
 @contextmanager

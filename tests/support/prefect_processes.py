@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import httpx
 import psutil
-from postgres import postgres_programs, postgres_server
+from postgres import may_keep, postgres_programs, postgres_server
 
 T = TypeVar("T")
 
@@ -59,9 +59,10 @@ def starting_server(home: Path, on_sqlite: bool = False, cluster: Path | None = 
 @contextmanager
 def _database(cluster: Path | None) -> Iterator[dict[str, str]]:
     """Where the server keeps its records: SQLite, its default, where no PostgreSQL is installed."""
-    programs = postgres_programs()
+    programs = postgres_programs() if cluster is None or may_keep(cluster) else None
     if programs is None:
-        warnings.warn("PostgreSQL is not installed, so Prefect's server runs on SQLite", stacklevel=2)
+        where = "is not installed" if cluster is None else f"is not installed, or may not enter {cluster.parent}"
+        warnings.warn(f"PostgreSQL {where}, so Prefect's server runs on SQLite", stacklevel=2)
     with nullcontext() if programs is None else postgres_server(programs, cluster) as address:
         yield {"PREFECT_SERVER_DATABASE_CONNECTION_URL": address} if address else {}
 
