@@ -143,7 +143,7 @@ def test_global_adapters_travel_as_short_as_updates_but_no_shorter_than_int8(
     tiny_config: FederationConfig, tmp_path: Path, updates: str, adapters: str
 ) -> None:
     exchange = tiny_config.exchange.model_copy(update={"dtype": updates})
-    coordinator, _ = after_a_round(tiny_config.model_copy(update={"exchange": exchange}), tmp_path)
+    coordinator, _ = after_a_round(tiny_config.model_copy(update={"exchange": exchange}), tmp_path / "store")
     plan = plan_at(coordinator.store, coordinator.keys, 1)
     made = federation.aggregate_round.fn(coordinator, plan, 1)
     for record in (read_global(coordinator.store, coordinator.keys, 1)[0], made):
