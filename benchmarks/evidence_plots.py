@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence_cases import Case
-from evidence_rows import MIB, Bench, Row
+from evidence_rows import Bench, Row, counted_seconds, moved_mib
 
 
 def draw(bench: Bench, part: str, rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -20,11 +20,10 @@ def _curves(bench: Bench, rows: Sequence[Row], place: str, folder: Path) -> Path
     figure, (by_time, by_bytes) = _figure(sharey=True)
     setting, partition = place.split(", ")
     for row in (row for row in rows if row.place == place):
-        rounds = bench.run(Case(setting, partition, row.method, row.rate))["rounds"]
-        moved = [found["upload_bytes"] + found["download_bytes"] for found in rounds]
-        values = [found[bench.task.metric] for found in rounds]
-        by_time.plot([found["clock"] for found in rounds], values, marker=".", label=row.method)
-        by_bytes.plot([sum(moved[: i + 1]) / MIB for i in range(len(moved))], values, marker=".")
+        run = bench.run(Case(setting, partition, row.method, row.rate))
+        values = [found[bench.task.metric] for found in run["rounds"]]
+        by_time.plot([found["clock"] for found in run["rounds"]], values, marker=".", label=row.method)
+        by_bytes.plot([moved_mib(run, count + 1) for count in range(len(values))], values, marker=".")
     by_time.set(xlabel="simulated seconds", ylabel=bench.task.metric)
     by_bytes.set(xlabel="MiB moved", xscale="log")
     by_time.legend()
@@ -37,7 +36,7 @@ def _sweep(bench: Bench, part: str, rows: Sequence[Row], folder: Path) -> Path:
     places = _places(rows)
     for method in dict.fromkeys(row.method for row in rows):
         here = [row for row in rows if row.method == method]
-        seconds = [row.seconds_to_target or bench.task.budget_seconds for row in here]
+        seconds = [counted_seconds(bench.task, row) for row in here]
         (line,) = to_target.plot(places, seconds, label=method)
         for place, row, height in zip(places, here, seconds, strict=True):
             face = line.get_color() if row.seconds_to_target else "white"

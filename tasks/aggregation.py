@@ -106,12 +106,14 @@ def _arbitrated(
     screening: Screening, combined: Callable[[Sequence[Update]], Adapter], arbiter: Arbiter | None
 ) -> tuple[Screening, tuple[str, ...]]:
     """The screening after every suspect was heard, one after another, and the edges that were pardoned."""
+    if arbiter is None:
+        return screening, ()
     pardoned: list[str] = []
-    for suspect in screening.suspects if arbiter else ():
+    for suspect in screening.suspects:
         together = screening.pardon(suspect)
         # Against its standing still, not its absence: that would let a reversed change count for damping the others'.
         still = [*screening.counted, replace(suspect, trained=suspect.start)]
-        if arbiter and arbiter(suspect.edge_id, partial(combined, still), partial(combined, together.counted)):
+        if arbiter(suspect.edge_id, partial(combined, still), partial(combined, together.counted)):
             screening = together
             pardoned.append(suspect.edge_id)
     return screening, tuple(pardoned)

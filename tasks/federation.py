@@ -180,7 +180,7 @@ def _held_out_arbiter(coordinator: Coordinator) -> Arbiter:
     """
 
     def counts(edge_id: str, still: Callable[[], Adapter], moved: Callable[[], Adapter]) -> bool:
-        rows = share_of(coordinator.held_out, coordinator.config) or coordinator.held_out
+        rows = share_of(coordinator.held_out, coordinator.config)
         before, after = (metrics_of(_judged(coordinator, make(), rows))["loss"] for make in (still, moved))
         verdict = "counts" if after < before else "does not count"
         progress.note(
