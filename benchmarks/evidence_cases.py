@@ -23,8 +23,14 @@ MBIT = {HOMOGENEOUS: (100.0,) * 5, HETEROGENEOUS: (200.0, 100.0, 50.0, 20.0, 10.
 TARGET_SHARE = 0.95
 FEDPIPE, FEDLORA, FEDADAPTER, FULL = "fedpipe", "fedlora", "fedadapter", "full"
 BASELINES = (FEDLORA, FEDADAPTER, FULL)
-# What FedPipe sends: updates in 4 bits, of which edges keep what these leave out, the global adapter in 8.
-OURS: dict[str, Any] = {**VARIANTS["fedpipe"], "exchange.dtype": "nf4"}
+TUNED = "domain"  # the partition whose runs choose a method's rate in a setting
+# FedPipe sends updates and global adapter in 4 bits; the rates of the grid are for batches of 16, as uniform LoRA's.
+OURS: dict[str, Any] = {
+    **VARIANTS["fedpipe"],
+    "exchange.dtype": "nf4",
+    "exchange.global_dtype": "nf4",
+    "training.rate_batch_size": 16,
+}
 METHODS: dict[str, dict[str, Any]] = {
     FEDPIPE: OURS,
     FEDLORA: VARIANTS["fedlora"],
@@ -35,8 +41,10 @@ RULES = ("fedavg", "hetlora", "rankwise", "flexlora", "ffa", "raflora", "flora_s
 ABLATIONS: dict[str, dict[str, Any]] = {
     **{name: {**OURS, **changes} for name, changes in VARIANTS.items() if not name.startswith(("fedpipe", "fedlora"))},
     **{f"rule {rule}": {**OURS, "aggregation.rule": rule} for rule in RULES},
-    "16 bits on the wire": {**OURS, "exchange.dtype": "bf16"},
-    "fedlora, 4 bits on the wire": {**VARIANTS["fedlora"], "exchange.dtype": "nf4"},
+    "same rate at every batch": {**OURS, "training.rate_batch_size": None},
+    "global adapter in 8 bits": {**OURS, "exchange.global_dtype": "int8"},
+    "16 bits on the wire": {**OURS, "exchange.dtype": "bf16", "exchange.global_dtype": "bf16"},
+    "fedlora, 4 bits on the wire": {**VARIANTS["fedlora"], "exchange.dtype": "nf4", "exchange.global_dtype": "nf4"},
 }
 
 

@@ -14,6 +14,7 @@ from evidence_cases import (
     HETEROGENEOUS,
     HOMOGENEOUS,
     METHODS,
+    TUNED,
     Case,
     Task,
     make_config,
@@ -80,8 +81,8 @@ class Bench:
         return core_of(make_config(self.task, first), self.results)
 
     def best_rate(self, case: Case) -> float:
-        """The rate of the grid whose run, with seed 0, ends with the least loss on the edges' validation rows."""
-        tried = {rate: self.run(replace(case, rate=rate, seed=0)) for rate in self.task.rates}
+        """The rate of the grid whose run, with seed 0 and by domain, ends with the least loss on validation rows."""
+        tried = {rate: self.run(replace(case, partition=TUNED, rate=rate, seed=0)) for rate in self.task.rates}
         return min(tried, key=lambda rate: _validation_loss(tried[rate]))
 
     def target(self, partition: str) -> float | None:

@@ -1,7 +1,8 @@
 """What shorter number formats cost: bytes of every round, final loss and accuracy of one federation in each format.
 
 Run `python benchmarks/wire_formats.py [--json] [--quick]`. The federation is that of `aggregation_quality` under
-delta_svd, from one seed. The global adapter travels in the format of the updates, and as int8 where these are nf4.
+delta_svd, from one seed. The global adapter travels in the format of the updates, as int8 where these are nf4, or as
+nf4 too.
 Runs are kept under `benchmarks/results`, so a second call only prints. `--quick` trains hardly anything and keeps
 nothing.
 """
@@ -21,6 +22,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "bf16, energy 0.9": {"exchange.dtype": "bf16", "exchange.energy": 0.9},
     "int8": {"exchange.dtype": "int8"},
     "nf4": {"exchange.dtype": "nf4"},
+    "nf4 both ways": {"exchange.dtype": "nf4", "exchange.global_dtype": "nf4"},
 }
 MOST_NF4_BYTES = 0.15
 MOST_NF4_LOSS = 1.01

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from fedpipe_core.config_base import Bits, Name, Rank, Spec
+from fedpipe_core.config_base import Bits, Name, Rank, Spec, WireDtype
 from fedpipe_core.config_faults import config_faults
 from fedpipe_core.config_inputs import (
     DataSpec,
@@ -106,6 +106,12 @@ class TrainingSpec(Spec):
         le=1000,
         description="The head's learning rate as a multiple of the adapters'; the head starts untrained",
     )
+    rate_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Batch size, in examples, that the rates are for; an edge with batches of b examples trains at "
+        "√(b / rate_batch_size) times them. The same rates at every batch size when left out",
+    )
     weight_decay: float = Field(0.0, ge=0, lt=1, description="AdamW weight decay")
     warmup_steps: int = Field(4, ge=0, le=100000, description="Steps of linear warm-up at the start of every round")
     final_rate_fraction: float = Field(
@@ -166,10 +172,15 @@ class AggregationSpec(Spec):
 class ExchangeSpec(Spec):
     """How adapters travel."""
 
-    dtype: Literal["fp32", "bf16", "int8", "nf4"] = Field(
+    dtype: WireDtype = Field(
         "bf16",
         description="Number format of updates; int8 and nf4 are blockwise, and what they leave out is kept at the edge "
-        "and added to its next update. The global adapter travels as fp32, bf16 or, for both of these, int8",
+        "and added to its next update",
+    )
+    global_dtype: WireDtype | None = Field(
+        None,
+        description="Number format of the global adapter. When left out that of updates, but int8 where these are nf4: "
+        "nobody keeps what nf4 leaves out of it, and every round builds on that",
     )
     energy: float = Field(
         1.0,
@@ -180,13 +191,12 @@ class ExchangeSpec(Spec):
     )
 
     @property
-    def global_dtype(self) -> Literal["fp32", "bf16", "int8"]:
-        """Number format of the global adapter: never shorter than int8.
+    def dtype_of_global(self) -> WireDtype:
+        """Number format of the global adapter.
 
-        Edges keep what a short format leaves out of their updates; nobody keeps it for the global adapter, which every
-        round builds on. A product's error is about 1 % a round in int8, which training takes back, and 13 % in nf4.
+        A product's error is about 1 % a round in int8, which training takes back, and 13 % in nf4.
         """
-        return "int8" if self.dtype == "nf4" else self.dtype
+        return self.global_dtype or ("int8" if self.dtype == "nf4" else self.dtype)
 
 
 class ReleaseSpec(Spec):

@@ -110,7 +110,7 @@ def cost_model(
         profile=profile,
         global_ranks=global_ranks,
         wire_dtype=config.exchange.dtype,
-        global_dtype=config.exchange.global_dtype,
+        global_dtype=config.exchange.dtype_of_global,
         micro_batch_size=config.training.micro_batch_size,
         frozen_a=config.aggregation.rule == "ffa",
         whole=METHODS[config.method].form == "whole",

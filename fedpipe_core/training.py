@@ -34,6 +34,14 @@ def rate_factor(spec: TrainingSpec, round_index: int, rounds: int) -> float:
     return 1.0 - progress * (1.0 - spec.final_rate_fraction)
 
 
+def batch_rate_factor(spec: TrainingSpec, batch_size: int) -> float:
+    """√(batch_size / rate_batch_size), with which an Adam step drifts as far per example at every batch size.
+
+    Square-root scaling rule, arXiv 2205.10343. 1 when no `rate_batch_size` is set.
+    """
+    return math.sqrt(batch_size / spec.rate_batch_size) if spec.rate_batch_size else 1.0
+
+
 def train(edge: EdgeModel, batches: Iterator[Mapping[str, Tensor]], spec: TrainingSpec, rate: float) -> TrainingReport:
     """Train what the instance trains with AdamW at `rate` times the configured rates, linear warm-up and clipping.
 

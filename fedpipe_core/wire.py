@@ -17,11 +17,11 @@ from torch import Tensor
 from typing_extensions import TypeIs
 
 from fedpipe_core.adapters import Adapter
+from fedpipe_core.config_base import WireDtype
 from fedpipe_core.errors import IntegrityError
 from fedpipe_core.low_rank import LowRank
 from fedpipe_core.quantization import QuantizedDtype, dequantize, quantize, stored_sizes
 
-WireDtype = Literal["fp32", "bf16", "int8", "nf4"]
 Content = Literal["adapter", "factor_changes", "left_factor_changes", "directions"]
 Shape = tuple[int, ...]
 FORMAT = 1

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fedpipe_core.adapters import Adapter
+from fedpipe_core.config_base import WireDtype
 from fedpipe_core.low_rank import LowRank, change, stacked, truncate
 from fedpipe_core.wire import (
     Content,
     StoredFactors,
-    WireDtype,
     decode_any,
     encode_adapter,
     is_plain,

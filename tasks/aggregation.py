@@ -92,7 +92,7 @@ def _combined(reader: "UpdateReader", asked: Collection[str], arbiter: Arbiter |
     answers = {edge_id: records[edge_id] for edge_id in used}
     adapter = settled(combined(screening.counted), previous.ranks, run.plan, answers)
     return Combination(
-        data=encode_adapter(adapter, run.config.exchange.global_dtype),
+        data=encode_adapter(adapter, run.config.exchange.dtype_of_global),
         ranks=adapter.ranks,
         counted=used,
         refused={edge_id: sha256 for edge_id, sha256 in hashes.items() if edge_id not in used},

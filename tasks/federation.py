@@ -134,7 +134,7 @@ def publish_first_adapter(coordinator: Coordinator, federation_plan: FederationP
     ranks = dict.fromkeys(federation_plan.planned_modules, federation_plan.largest_rank)
     shapes = method_shape(coordinator.shape, coordinator.config).modules
     adapter = coordinator.form.first(coordinator.base.model, shapes, ranks, coordinator.config.seed)
-    data = encode_adapter(adapter, coordinator.config.exchange.global_dtype)
+    data = encode_adapter(adapter, coordinator.config.exchange.dtype_of_global)
     _publish_adapter(coordinator, 1, Combination(data, adapter.ranks, {}, {}, {}, ()))
 
 

@@ -138,18 +138,28 @@ def test_first_adapter_changes_nothing_and_is_published_once(coordinator: Coordi
 
 
 @pytest.mark.usefixtures("run_logger_off")
-@pytest.mark.parametrize(("updates", "adapters"), [("fp32", "F32"), ("bf16", "BF16"), ("int8", "U8"), ("nf4", "U8")])
-def test_global_adapters_travel_as_short_as_updates_but_no_shorter_than_int8(
-    tiny_config: FederationConfig, tmp_path: Path, updates: str, adapters: str
+@pytest.mark.parametrize(
+    ("updates", "adapters", "sent"),
+    [
+        ("fp32", None, "fp32"),
+        ("bf16", None, "bf16"),
+        ("int8", None, "int8"),
+        ("nf4", None, "int8"),
+        ("nf4", "nf4", "nf4"),
+        ("nf4", "bf16", "bf16"),
+    ],
+)
+def test_global_adapters_travel_as_short_as_updates_but_as_nf4_only_where_that_is_asked_for(
+    tiny_config: FederationConfig, tmp_path: Path, updates: str, adapters: str | None, sent: str
 ) -> None:
-    exchange = tiny_config.exchange.model_copy(update={"dtype": updates})
+    exchange = tiny_config.exchange.model_copy(update={"dtype": updates, "global_dtype": adapters})
     coordinator, _ = after_a_round(tiny_config.model_copy(update={"exchange": exchange}), tmp_path / "store")
     plan = plan_at(coordinator.store, coordinator.keys, 1)
     made = federation.aggregate_round.fn(coordinator, plan, 1)
     for record in (read_global(coordinator.store, coordinator.keys, 1)[0], made):
         stored = coordinator.store.get(record.adapter.key)
         header = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
-        assert adapters in {entry.get("dtype") for entry in header.values()}
+        assert json.loads(header["__metadata__"]["fedpipe"])["dtype"] == sent
         assert decode_adapter(stored).ranks == record.ranks
 
 
