@@ -14,7 +14,7 @@ from fedpipe_core.methods import METHODS
 from fedpipe_core.result_schemas import ExportRecord, ReleaseReport
 from fedpipe_core.schemas import FederationRecord, RoundRecord
 from flows.deployed import require_lasting_store
-from tasks import exports, progress, release, reports, tracking
+from tasks import exports, progress, promotion, release, reports, tracking
 from tasks.coordinator import Coordinator
 from tasks.federation import read_profiles
 from tasks.lineage import needed_record, stored_config
@@ -69,7 +69,7 @@ def require_releasable(config: FederationConfig) -> None:
 def _registered(step: release.Release, exports: list[ExportRecord]) -> ReleaseReport:
     """Register, promote and publish. Raises TrackingError that says where the exports are and how to go on."""
     try:
-        model = release.promote(step, release.register(step, exports), exports)
+        model = promotion.promote(step, release.register(step, exports), exports)
         report = ReleaseReport(exports=exports, model=model, baseline_metrics=dict(step.baseline))
         release.publish(step, report)
     except TrackingError as error:

@@ -12,7 +12,8 @@ from typing import Literal
 from fedpipe_core.errors import FedPipeError
 from fedpipe_core.schemas import LeaseRecord
 from tasks.records import get_record
-from tasks.storage import LONGEST_PAUSE_SECONDS, ObjectStore
+from tasks.s3_faults import LONGEST_PAUSE_SECONDS
+from tasks.storage import ObjectStore
 
 BEATS_PER_LEASE = 4
 Ending = Literal["done", "left", "failed", "orphaned"]

@@ -1,10 +1,9 @@
-"""What a release rests on, and its steps after the exports: register the model, let the gate decide on the champion."""
+"""What a release rests on, and its steps after the exports: register the model, and keep what became of it."""
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -13,24 +12,20 @@ from typing import Self
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from fedpipe_core.base_folder import BASE_FILE
 from fedpipe_core.dialogues import chat_template
-from fedpipe_core.edge_gate import decide_by_edges
-from fedpipe_core.errors import ReleaseError
 from fedpipe_core.evaluation_schemas import EdgeEvaluation
 from fedpipe_core.export import TunedModel
-from fedpipe_core.gate import Decision, agreement_check, decide
 from fedpipe_core.lineage_schemas import RunManifest
 from fedpipe_core.methods import METHODS
 from fedpipe_core.model_card import CardFacts, license_of, render_card
 from fedpipe_core.predictions import Answers, metric_interval
 from fedpipe_core.report import render_page
-from fedpipe_core.result_schemas import CheckReport, DecisionReport, ExportRecord, ModelReport, ReleaseReport
+from fedpipe_core.result_schemas import ExportRecord, ReleaseReport
 from fedpipe_core.schemas import FederationRecord, RoundRecord
 from tasks import progress, registry, tracking
 from tasks.coordinator import Coordinator
 from tasks.edge import read_global
-from tasks.export_judge import SCHEMES, ExportJudge
+from tasks.export_judge import ExportJudge
 from tasks.federation import read_profiles
 from tasks.judging import judged, told_metrics
 from tasks.lineage import lasting_root, needed_record
@@ -178,42 +173,6 @@ def _tracked_numbers(entry: ExportRecord) -> dict[str, float]:
     return {f"export/{scheme}/{name}": value for name, value in numbers.items() if value is not None}
 
 
-@task(task_run_name="promote", cache_policy=NO_CACHE)
-def promote(release: Release, version: ModelVersion, exports: Sequence[ExportRecord] = ()) -> ModelReport:
-    """Compare the version with the champion, example by example, and move the alias only where the gate says so."""
-    decision = registry.promote(version, functools.partial(_gate, release))
-    tracking.log_json(release.tracked, decision.as_document(), "release/decision.json")
-    return ModelReport(
-        name=version.name,
-        version=version.version,
-        alias=registry.CHAMPION if decision.promoted else registry.CHALLENGER,
-        decision=DecisionReport(
-            promoted=decision.promoted,
-            reasons=list(decision.reasons),
-            checks=[*_export_checks(release, exports), *(CheckReport(**asdict(check)) for check in decision.checks)],
-        ),
-    )
-
-
-def _export_checks(release: Release, exports: Sequence[ExportRecord]) -> list[CheckReport]:
-    """The limit on each export's loss: it decides on that export alone, not on the version."""
-    config = release.coordinator.config
-    if not config.coordinator_judges:
-        found = [agreement_check(e.scheme, e.agreement or 0.0, e.scheme == release.registered) for e in exports]
-        return [CheckReport(**asdict(check)) for check in found]
-    limit = config.release.max_loss_increase
-    return [
-        CheckReport(
-            name=f"loss of {entry.scheme}",
-            value=-1.0 if entry.loss_increase is None else entry.loss_increase,
-            threshold=limit,
-            passed=entry.kept,
-            reason=entry.reason,
-        )
-        for entry in exports
-    ]
-
-
 def publish(release: Release, report: ReleaseReport) -> None:
     """Keep what a release came to beside its exports, and the run's page in MLflow."""
     coordinator = release.coordinator
@@ -222,50 +181,6 @@ def publish(release: Release, report: ReleaseReport) -> None:
     tracking.log_table(release.tracked, rows, "release/gate.json")
     page = render_page(read_facts(coordinator.store, coordinator.keys))
     tracking.log_text(release.tracked, page, "report.html")
-
-
-def _gate(release: Release, challenger: ModelVersion, champion: ModelVersion | None) -> Decision:
-    coordinator = release.coordinator
-    if not coordinator.config.coordinator_judges:
-        rival = None if champion is None else _evaluations(release, champion)
-        return decide_by_edges(_evaluations(release, challenger), rival, coordinator.config.release)
-    return decide(
-        _answers(release, challenger),
-        None if champion is None else _answers(release, champion),
-        coordinator.config.release,
-        coordinator.slices,
-        coordinator.config.seed,
-    )
-
-
-def _evaluations(release: Release, version: ModelVersion) -> Mapping[str, EdgeEvaluation]:
-    """What the edges found a version worth: told by this run, or kept with the version; nothing where neither is."""
-    if version.adapter_sha256 == release.adapter_sha256:
-        return release.evaluations
-    return tracking.load_evaluations(version.uri, version.run_id)
-
-
-def _answers(release: Release, version: ModelVersion) -> Answers:
-    """A version's answers on the held-out set: kept with it, or else made again from its model."""
-    mine = release.predictions[release.registered]
-    if version.adapter_sha256 == release.adapter_sha256:
-        return mine
-    kept = tracking.load_predictions(version.uri, version.run_id, mine.evaluation_sha256)
-    return kept or _evaluate_version(release, version)
-
-
-def _evaluate_version(release: Release, version: ModelVersion) -> Answers:
-    coordinator = release.coordinator
-    with TemporaryDirectory() as folder:
-        files = registry.fetch_model(version, Path(folder))
-        kind = "adapter" if (files / BASE_FILE).is_file() else "merged"
-        if kind == "adapter" and version.tags.get(registry.BASE_TAG) != coordinator.base.sha256:
-            raise ReleaseError(
-                f"version {version.version} of {version.name} is an adapter for another base, so it cannot be judged "
-                "here; register with release.registered: merged, or under another release.model_name"
-            )
-        model = SCHEMES[kind].load(release.tuned, files)
-        return coordinator.judge(model)
 
 
 def _tags(release: Release) -> dict[str, str]:

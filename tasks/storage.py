@@ -1,36 +1,32 @@
 """Where bytes live: a folder or an S3 bucket behind one small protocol; the only module that knows boto3.
 
-It decides how S3 creates an object once, and which faults are retried, for how long. What keys are called, and whether
-bytes are the promised ones, is left to `tasks.records`: a server is never relied on for integrity. boto3 is imported
-when the first S3 store is opened. Stores may be used from many threads and processes at once.
+It decides how S3 creates an object once; which faults are retried is `tasks.s3_faults`'. What keys are called, and
+whether bytes are the promised ones, is left to `tasks.records`: a server is never relied on for integrity. boto3 is
+imported when the first S3 store is opened. Stores may be used from many threads and processes at once.
 """
 
 import os
-import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 from uuid import uuid4
 
-from fedpipe_core.errors import ObjectMissingError, StoreError
+from fedpipe_core.errors import StoreError
 from tasks.keys import MARKER, check_folder, check_key, is_key
 from tasks.local_store import LocalStore
+from tasks.s3_faults import explained, is_transient, pauses, status_of
 
 T = TypeVar("T")
 
 PATIENCE_SECONDS = 60.0  # outlasts a restart of the server; a longer outage ends the run, which stays resumable
 OPENING_PATIENCE_SECONDS = 3.0  # a wrong address should be told at once
-LONGEST_PAUSE_SECONDS = 5.0
 MULTIPART_BYTES = 16 * 2**20  # files above this go up, and come down, in parts that are retried one by one
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-# 409: two conditional writes at once; 412: a file overwritten while its parts come down.
-_TRANSIENT_STATUSES = frozenset({409, 412, 429, 500, 502, 503, 504})
-_TRANSIENT_CODES = frozenset({"RequestTimeout", "IncompleteBody", "NoSuchUpload", "Throttling", "ThrottlingException"})
 
 
 class ObjectStore(Protocol):
@@ -181,7 +177,7 @@ class S3Store:
             try:
                 self.client.put_object(**where, Body=data, IfNoneMatch="*", Metadata={"write-id": write_id})
             except self.client.exceptions.ClientError as error:
-                if _status(error) != 412:
+                if status_of(error) != 412:
                     raise
                 # After a lost answer the retry meets its own object: the id tells it from another writer's.
                 found = self._head(where)
@@ -194,7 +190,7 @@ class S3Store:
         try:
             return dict(self.client.head_object(**where))
         except self.client.exceptions.ClientError as error:
-            if _status(error) == 404:
+            if status_of(error) == 404:
                 return None
             raise
 
@@ -203,41 +199,16 @@ class S3Store:
         from botocore.exceptions import BotoCoreError, ClientError
         from s3transfer.exceptions import RetriesExceededError
 
-        pauses = _pauses(self.patience_seconds)
+        waits = pauses(self.patience_seconds)
         while True:
             try:
                 return request()
             except (BotoCoreError, ClientError, RetriesExceededError) as error:
-                pause_seconds = next(pauses, None)
-                if pause_seconds is None or not _is_transient(error):
-                    raise self._explained(key, error) from error
+                pause_seconds = next(waits, None)
+                if pause_seconds is None or not is_transient(error):
+                    endpoint = self.client.meta.endpoint_url
+                    raise explained(error, key, self.root, endpoint, self.patience_seconds) from error
             time.sleep(pause_seconds)
-
-    def _explained(self, key: str, error: Exception) -> Exception:
-        """The error a user reads: what was found, what was needed, what to do."""
-        code, status = _code(error), _status(error)
-        endpoint = self.client.meta.endpoint_url
-        if code == "NoSuchBucket":
-            cause = f"{endpoint} has no bucket {self.bucket!r}; create it, or correct the address of the store"
-        elif key and status == 404:
-            return ObjectMissingError(f"store {self.root}: there is no object {key}")
-        elif status in (401, 403):
-            cause = (
-                f"{endpoint} refused the credentials ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or "
-                f"AWS_PROFILE), and that they may use bucket {self.bucket!r}"
-            )
-        elif "Credentials" in code:
-            cause = (
-                "no complete credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            )
-        elif _is_transient(error):
-            cause = (
-                f"{endpoint} could not be reached, or kept failing, for {self.patience_seconds:g} s ({error}); check "
-                "AWS_ENDPOINT_URL and the network, or try again later"
-            )
-        else:
-            cause = f"{endpoint} failed on {key or 'a listing'} ({error}); check the address of the store"
-        return StoreError(f"store {self.root}: {cause}")
 
 
 def _connect_s3(root: str) -> S3Store:
@@ -284,35 +255,3 @@ def _transfer_config() -> Any:
     from boto3.s3.transfer import TransferConfig
 
     return TransferConfig(multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES, max_concurrency=4)
-
-
-def _pauses(patience_seconds: float) -> Iterator[float]:
-    """Pauses drawn from [0, longest], longest doubling (full jitter), that end before patience does."""
-    deadline, longest = time.monotonic() + patience_seconds, 0.2  # a generator's clock starts with the first pause
-    while (pause_seconds := random.uniform(0, longest)) < deadline - time.monotonic():
-        yield pause_seconds
-        longest = min(2 * longest, LONGEST_PAUSE_SECONDS)
-
-
-def _is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed later: cut connections, short bodies, 5xx, throttling, conflicts."""
-    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError
-    from s3transfer.exceptions import RetriesExceededError
-
-    if isinstance(error, ClientError):
-        return _status(error) in _TRANSIENT_STATUSES or _code(error) in _TRANSIENT_CODES
-    return isinstance(error, (ConnectionError, HTTPClientError, IncompleteReadError, RetriesExceededError))
-
-
-def _status(error: Exception) -> int:
-    """HTTP status of an answer that was an error; 0 where there was no answer."""
-    return int(_answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _code(error: Exception) -> str:
-    """S3's code of an answer that was an error; the kind of error where there was no answer."""
-    return str(_answer(error).get("Error", {}).get("Code", type(error).__name__))
-
-
-def _answer(error: Exception) -> dict[str, Any]:
-    return getattr(error, "response", None) or {}  # None where the connection was cut
