@@ -41,6 +41,13 @@ class PlanningSpec(Spec):
         ge=0,
         description="Weight of the share of a round's planned examples an edge cannot process before the deadline",
     )
+    overtime: float = Field(
+        1.0,
+        ge=1,
+        le=100,
+        description="How many times its planned examples an edge may process while a slower one is still at its own; "
+        "1 lets it wait",
+    )
     parameter_price: float = Field(
         0.0,
         ge=0,

@@ -19,11 +19,11 @@ class TrainingSpec(Spec):
         le=1000,
         description="The head's learning rate as a multiple of the adapters'; the head starts untrained",
     )
-    rate_batch_size: int | None = Field(
+    rate_steps: int | None = Field(
         None,
         ge=1,
-        description="Batch size, in examples, that the rates are for; an edge with batches of b examples trains at "
-        "√(b / rate_batch_size) times them. The same rates at every batch size when left out",
+        description="Steps of a round that the rates are for; an edge that makes s of them trains at √(rate_steps / s) "
+        "times the rates, twice them at most, and so moves about as far. The same rates for all when left out",
     )
     weight_decay: float = Field(0.0, ge=0, lt=1, description="AdamW weight decay")
     warmup_steps: int = Field(4, ge=0, le=100000, description="Steps of linear warm-up at the start of every round")

@@ -4,7 +4,8 @@ Given every edge's profile it maximises, per edge, Σ utility(module, rank) − 
 of the base's bits − penalty·u, where u = max(0, 1 − processed/planned) is the under-training rate, with examples in
 large batches counting for less (gradient noise scale), subject to the edge's memory and to one round deadline shared by
 all edges. The parts: `planning_utility` says what a rank is worth, `costs` what it costs, `planning_deadline` how long
-a round lasts, `planning_greedy` and `planning_solver` find the selection, `planning_checks` what is refused.
+a round lasts, `planning_greedy` and `planning_solver` find the selection, `planning_overtime` gives edges that would
+wait more to do, `planning_checks` says what is refused.
 The same profiles and config give the same plan, byte for byte.
 """
 
@@ -25,6 +26,7 @@ from fedpipe_core.planning_checks import check_menu, check_pin, check_profile
 from fedpipe_core.planning_deadline import choose_deadline, shortest_round
 from fedpipe_core.planning_greedy import Duals, Frontier, Selection, frontier, solve_greedily, sweep_cells
 from fedpipe_core.planning_infeasible import explain_memory, explain_seconds
+from fedpipe_core.planning_overtime import with_overtime
 from fedpipe_core.planning_problem import EdgeProblem, RoundTerms, adaptable_modules, build_problem, cost_model
 from fedpipe_core.planning_solver import refine
 from fedpipe_core.planning_uniform import plan_uniformly, unfit_edges
@@ -73,6 +75,8 @@ def _plan_by_importance(
     solver = "greedy"
     if config.planning.solver == "milp":
         selections, solver = _refine_all(prepared, selections, terms, config.planning.solver_seconds)
+    problems = {edge_id: edge.problem for edge_id, edge in prepared.items()}
+    selections = with_overtime(problems, selections, config.planning.overtime)
     return _federation_plan(prepared, selections, terms.seconds, solver, config)
 
 

@@ -161,17 +161,22 @@ def slacks(problem: EdgeProblem, selection: Selection, round_seconds: float) -> 
     """Bytes and seconds of the round that a selection leaves unused."""
     cell, choice = selection.cell, selection.choice
     memory = cell.block_memory[selection.block] + _current(cell.item_memory, choice).sum()
-    step = cell.block_seconds[selection.block] + _current(cell.item_seconds, choice).sum()
     fixed = cell.idle_seconds + _current(cell.item_upload_seconds, choice).sum()
-    return problem.memory_bytes - float(memory), round_seconds - float(fixed + selection.steps * step)
+    spent = fixed + selection.steps * seconds_per_step(selection)
+    return problem.memory_bytes - float(memory), round_seconds - float(spent)
+
+
+def seconds_per_step(selection: Selection) -> float:
+    """What one optimizer step of a selection takes."""
+    cell = selection.cell
+    return float(cell.block_seconds[selection.block] + _current(cell.item_seconds, selection.choice).sum())
 
 
 def price(problem: EdgeProblem, selection: Selection, terms: RoundTerms) -> Selection:
     """The selection with all the steps that fit, its utility and its value."""
     cell, choice = selection.cell, selection.choice
-    step = cell.block_seconds[selection.block] + _current(cell.item_seconds, choice).sum()
     slack = slacks(problem, selection, terms.seconds)[1] + ROUNDING * terms.seconds
-    steps = min(cell.planned_steps, selection.steps + max(0, int(slack // step)))
+    steps = min(cell.planned_steps, selection.steps + max(0, int(slack // seconds_per_step(selection))))
     under_training = max(0.0, 1.0 - steps * cell.share_per_step)
     utility = problem.pinned_utility + float(_current(problem.utility, choice).sum())
     value = utility - cell.loss - terms.penalty * under_training

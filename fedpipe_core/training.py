@@ -17,6 +17,8 @@ from fedpipe_core.errors import UpdateRefusedError
 from fedpipe_core.losses import count_learned, training_loss
 from fedpipe_core.packing import count_examples
 
+LARGEST_STEPS_FACTOR = 2.0  # on the rate of an edge that makes few steps
+
 
 @dataclass(frozen=True)
 class TrainingReport:
@@ -34,12 +36,15 @@ def rate_factor(spec: TrainingSpec, round_index: int, rounds: int) -> float:
     return 1.0 - progress * (1.0 - spec.final_rate_fraction)
 
 
-def batch_rate_factor(spec: TrainingSpec, batch_size: int) -> float:
-    """√(batch_size / rate_batch_size), with which an Adam step drifts as far per example at every batch size.
+def steps_rate_factor(spec: TrainingSpec, steps: int) -> float:
+    """√(rate_steps / steps), at most 2; 1 when no `rate_steps` is set.
 
-    Square-root scaling rule, arXiv 2205.10343. 1 when no `rate_batch_size` is set.
+    Steps of Adam move a weight by about the rate, so an edge that makes few of them in a round, being slow or taking
+    large batches, counts for little in the average of all, and the average drifts to what the fast ones hold: the
+    objective inconsistency of FedNova (2007.07481). The root is what the square-root rule for batches (2205.10343)
+    comes to for a given number of examples.
     """
-    return math.sqrt(batch_size / spec.rate_batch_size) if spec.rate_batch_size else 1.0
+    return min(LARGEST_STEPS_FACTOR, math.sqrt(spec.rate_steps / steps)) if spec.rate_steps else 1.0
 
 
 def train(edge: EdgeModel, batches: Iterator[Mapping[str, Tensor]], spec: TrainingSpec, rate: float) -> TrainingReport:

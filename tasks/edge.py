@@ -27,7 +27,7 @@ from fedpipe_core.profile_schemas import ModelShape
 from fedpipe_core.profiling import profile_edge
 from fedpipe_core.schemas import DataReference, FailureRecord, GlobalRecord, UpdateRecord
 from fedpipe_core.seeding import derive_seed
-from fedpipe_core.training import TrainingReport, batch_rate_factor, rate_factor, train
+from fedpipe_core.training import TrainingReport, rate_factor, steps_rate_factor, train
 from fedpipe_core.wire import decode_adapter, encode_adapter
 from fedpipe_core.wire_updates import encode_update
 from tasks import progress
@@ -223,7 +223,7 @@ def _train(session: EdgeSession, model: EdgeModel, round_index: int, advance: Ca
     width = config.model.max_tokens if config.training.packing else None
     batches = training_batches(session.data.train, plan.batch_size, plan.local_steps, parts, width)
     rate = rate_factor(config.training, round_index, config.rounds)
-    rate *= batch_rate_factor(config.training, plan.batch_size)
+    rate *= steps_rate_factor(config.training, plan.local_steps)
     return train(model, _counted(batches, session.check, advance), config.training, rate)
 
 

@@ -12,7 +12,7 @@ from fedpipe_core.config import TrainingSpec
 from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter, read_adapter
 from fedpipe_core.errors import UpdateRefusedError
 from fedpipe_core.losses import training_loss
-from fedpipe_core.training import TrainingReport, batch_rate_factor, rate_factor, train
+from fedpipe_core.training import TrainingReport, rate_factor, steps_rate_factor, train
 
 ROWS = tiny_examples(64)
 SPEC = TrainingSpec(learning_rate=5e-3, warmup_steps=2)
@@ -148,10 +148,10 @@ def test_the_rate_falls_in_a_line_from_the_first_round_to_the_last():
     assert rate_factor(spec, 1, 1) == 1.0
 
 
-def test_rates_grow_with_the_square_root_of_the_batch_where_the_config_says_what_batch_they_are_for():
-    assert batch_rate_factor(TrainingSpec(), 64) == 1.0
-    spec = TrainingSpec(rate_batch_size=16)
-    assert [batch_rate_factor(spec, size) for size in (4, 16, 64)] == [0.5, 1.0, 2.0]
+def test_edges_that_make_few_steps_train_at_a_higher_rate_where_the_config_says_what_number_rates_are_for():
+    assert steps_rate_factor(TrainingSpec(), 80) == 1.0
+    spec = TrainingSpec(rate_steps=40)
+    assert [steps_rate_factor(spec, steps) for steps in (160, 40, 10, 1)] == [0.5, 1.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("bits", [32, 16])

@@ -1,0 +1,56 @@
+"""Edges that would wait do more, and cost the round no time."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planning_cases import make_config, make_profile, small_encoder, throttled
+
+from fedpipe_core.plan_schemas import FederationPlan
+from fedpipe_core.planning import plan_federation
+
+ENCODER = small_encoder()
+PLANNED = 160
+
+
+def plans(speeds: list[float], overtime: float, pins: dict[str, int] | None = None) -> FederationPlan:
+    """The plan of edges that are so many times slower than the first."""
+    profiles = {
+        f"edge-{i:02}": throttled(make_profile(ENCODER, f"edge-{i:02}", seed=i), speed)
+        for i, speed in enumerate(speeds)
+    }
+    config = make_config(list(profiles), planning={"overtime": overtime}, training={"examples_per_round": PLANNED})
+    edges = tuple(
+        edge.model_copy(update={"pin": edge.pin.model_copy(update={"local_steps": (pins or {}).get(edge.edge_id)})})
+        for edge in config.edges
+    )
+    return plan_federation(ENCODER, profiles, config.model_copy(update={"edges": edges}))
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    speeds=st.lists(st.sampled_from([1.0, 1.5, 3.0, 8.0]), min_size=3, max_size=3),
+    overtime=st.sampled_from([1.5, 2.0, 4.0]),
+)
+def test_overtime_adds_steps_alone_and_ends_no_later_than_the_slowest_edge(speeds, overtime):
+    without, plan = plans(speeds, 1.0), plans(speeds, overtime)
+    assert plan.round_seconds == pytest.approx(without.round_seconds)
+    for edge_id, edge in plan.edges.items():
+        before = without.edges[edge_id]
+        assert edge.predicted.round_seconds <= plan.round_seconds * (1 + 1e-6)
+        assert before.local_steps <= edge.local_steps <= max(before.local_steps, overtime * PLANNED / edge.batch_size)
+        assert edge.ranks == before.ranks
+        assert edge.under_training == before.under_training
+        assert edge.predicted.peak_memory_bytes == before.predicted.peak_memory_bytes
+
+
+def test_a_fast_edge_does_as_much_more_as_is_allowed_while_the_slowest_does_what_it_did():
+    without, plan = plans([1.0, 1.0, 8.0], 1.0), plans([1.0, 1.0, 8.0], 2.0)
+    fast, slow = plan.edges["edge-00"], plan.edges["edge-02"]
+    assert fast.local_steps * fast.batch_size == 2 * PLANNED
+    assert slow.local_steps == without.edges["edge-02"].local_steps
+
+
+def test_pinned_steps_stay():
+    plan = plans([1.0, 1.0, 8.0], 2.0, pins={"edge-00": 3})
+    assert plan.edges["edge-00"].local_steps == 3
+    assert plan.edges["edge-01"].local_steps > PLANNED / plan.edges["edge-01"].batch_size
