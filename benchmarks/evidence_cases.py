@@ -54,7 +54,7 @@ class Task:
     """What the protocol leaves to a model and a data set.
 
     `changes` are dotted keys of the federation's config, `fedpipe_changes` those of FedPipe alone; `reduced` replaces
-    fields in a reduced set.
+    fields in a reduced set. `also` is a metric that is shown beside the one that counts.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Task:
     changes: Mapping[str, Any]
     fedpipe_changes: Mapping[str, Any]
     reduced: Mapping[str, Any]
+    also: str | None = None
 
     def target(self, full: float) -> float:
         """The value to be reached, from what full fine-tuning ends with on edges that all hold it."""

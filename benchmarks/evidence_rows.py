@@ -44,6 +44,7 @@ class Row:
     value: float
     worst: float
     best: float
+    also: float | None
     rounds: int
     edges: int
     round_spread: float
@@ -109,6 +110,7 @@ class Bench:
             value=median(values),
             worst=order[-1],
             best=order[0],
+            also=median(run["final"][self.task.also] for run in runs) if self.task.also else None,
             rounds=round(median(len(run["rounds"]) for run in runs)),
             edges=round(median(len(plan) for plan in plans)),
             round_spread=median(spread(run) if run["rounds"] else 0.0 for run in runs),
@@ -204,16 +206,18 @@ def checks(task: Task, rows: Sequence[Row]) -> list[Check]:
 
 def table(task: Task, rows: Sequence[Row]) -> str:
     """The table in Markdown."""
-    head = ["where", "method", "rate", "seeds", "s to target", task.metric, "range", "rounds", "edges", "spread"]
+    also = [task.also] if task.also else []
+    head = ["where", "method", "rate", "seeds", "s to target", task.metric, "range", *also, "rounds", "edges", "spread"]
     head += ["left over", "parameters", "MiB up", "MiB down", "to target", "peak MiB", "profiling"]
     return markdown_table(head, [_cells(row) for row in rows])
 
 
 def _cells(row: Row) -> list[str]:
+    also = [] if row.also is None else [f"{row.also:.1f}"]
     return [
         *(row.place, row.method, f"{row.rate:g}", str(row.seeds)),
         "not reached" if row.seconds_to_target is None else f"{row.seconds_to_target:.0f}",
-        *(f"{row.value:.3f}", f"{row.worst:.3f}–{row.best:.3f}", str(row.rounds), str(row.edges)),
+        *(f"{row.value:.3f}", f"{row.worst:.3f}–{row.best:.3f}", *also, str(row.rounds), str(row.edges)),
         *(f"{row.round_spread:.0%}", f"{row.under_training:.0%}", f"{row.trained_parameters:,}"),
         *(f"{row.mib_up:.1f}", f"{row.mib_down:.1f}"),
         "" if row.mib_to_target is None else f"{row.mib_to_target:.1f}",
