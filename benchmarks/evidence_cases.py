@@ -22,7 +22,6 @@ SPEEDS = {HOMOGENEOUS: (1.0, 1.0, 1.0, 1.0, 1.0), HETEROGENEOUS: (1.0, 1.0, 2.0,
 MBIT = {HOMOGENEOUS: (100.0,) * 5, HETEROGENEOUS: (200.0, 100.0, 50.0, 20.0, 10.0)}
 TARGET_SHARE = 0.95
 FEDPIPE, FEDLORA, FEDADAPTER, FULL = "fedpipe", "fedlora", "fedadapter", "full"
-BASELINES = (FEDLORA, FEDADAPTER, FULL)
 TUNED = "domain"  # the partition whose runs choose a method's rate in a setting
 # FedPipe sends updates and global adapter in 4 bits, and lets edges that would wait make twice the steps.
 OURS: dict[str, Any] = {
@@ -131,13 +130,14 @@ def make_config(task: Task, case: Case) -> FederationConfig:
         }
         for index, (edge_id, slowdown) in enumerate(slowdowns(case).items())
     ]
+    chosen = (METHODS | ABLATIONS)[case.method]
     document = {
         "seed": case.seed,
         "data.partition": task.partitions[case.partition],
         "edges": edges,
         **task.changes,
         "training.learning_rate": case.rate,
-        **({} if case.method.startswith(BASELINES) else task.fedpipe_changes),
-        **(METHODS | ABLATIONS)[case.method],
+        **(task.fedpipe_changes if chosen.get("method", FEDPIPE) == FEDPIPE else {}),
+        **chosen,
     }
     return load_config(task.federation, [f"{key}={json.dumps(value)}" for key, value in document.items()])

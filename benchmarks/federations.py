@@ -141,6 +141,7 @@ def config_hash(config: FederationConfig) -> str:
     """Hash of what a config sets, without the folders it was read in and without what is left at its default."""
     document = config.model_dump(mode="json", exclude_defaults=True)
     document["data"] |= {key: Path(document["data"][key]).name for key in ("train", "test")}
+    document["model"]["base"] = Path(document["model"]["base"]).name
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
