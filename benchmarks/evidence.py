@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from common import Check, finish, parser
-from evidence_cases import HETEROGENEOUS, SPEEDS, Task, read_task
+from evidence_cases import HETEROGENEOUS, SETTINGS, Task, read_task
 from evidence_plots import draw
 from evidence_rows import Bench, Row, ablation_checks, checks, lead_checks, main_rows, sweep_rows, table
 from federations import FOLDER, Results
@@ -46,9 +46,9 @@ def sections(options: argparse.Namespace, kept_only: bool = False) -> Iterator[S
         if options.part != "main":
             rows = sweep_rows(bench, options.part)
             found = {"spread": lead_checks, "ablations": ablation_checks}.get(options.part)
-            yield Section(bench, rows, found(task, rows) if found else [])
+            yield Section(bench, rows, found(rows) if found else [])
             continue
-        settings = options.setting or ([HETEROGENEOUS] if small else list(SPEEDS))
+        settings = options.setting or ([HETEROGENEOUS] if small else list(SETTINGS))
         partitions = options.partition or (["domain"] if small else list(task.partitions))
         rows = main_rows(bench, settings, partitions, options.seeds or (1 if small else SEEDS))
         yield Section(bench, rows, checks(task, rows))
@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument("--task", nargs="+", default=[], help="names or files of tasks; all, or clinc150 when reduced")
     options.add_argument("--part", choices=("main", "spread", "edges", "ablations"), default="main")
     options.add_argument("--seeds", type=int, help=f"number of seeds of the main part: {SEEDS}, or 1 of a reduced set")
-    options.add_argument("--setting", nargs="+", choices=SPEEDS, default=[], help="of the main part; all when left out")
+    options.add_argument("--setting", nargs="+", choices=SETTINGS, default=[], help="of the main part; both by default")
     options.add_argument("--partition", nargs="+", default=[], help="of the main part; all of a task when left out")
     options.add_argument("--results", type=Path, help="folder of the runs that are kept; .fedpipe of a reduced set")
     options.add_argument("--reduced", action="store_true", help="one task and setting in less than 30 minutes")

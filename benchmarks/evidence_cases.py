@@ -18,8 +18,8 @@ from fedpipe_core.config_file import load_config
 
 TASKS = FOLDER / "evidence_tasks"
 HOMOGENEOUS, HETEROGENEOUS = "homogeneous", "heterogeneous"
-SPEEDS = {HOMOGENEOUS: (1.0, 1.0, 1.0, 1.0, 1.0), HETEROGENEOUS: (1.0, 1.0, 2.0, 4.0, 8.0)}  # times slower than a core
-MBIT = {HOMOGENEOUS: (100.0,) * 5, HETEROGENEOUS: (200.0, 100.0, 50.0, 20.0, 10.0)}
+SETTINGS = (HOMOGENEOUS, HETEROGENEOUS)
+REFERENCE = "reference"  # homogeneous edges that get the whole time, as heterogeneous ones: where the target comes from
 TARGET_SHARE = 0.95
 FEDPIPE, FEDLORA, FEDADAPTER, FULL = "fedpipe", "fedlora", "fedadapter", "full"
 TUNED = "domain"  # the partition whose runs choose a method's rate in a setting
@@ -49,6 +49,26 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
+class Fleet:
+    """Five edges: how many times slower than a core, their links in Mbit/s, whose memory of the task's, and their time.
+
+    Edges that are all as fast as the fastest get a quarter of the time.
+    """
+
+    speeds: tuple[float, ...]
+    mbit: tuple[float, ...]
+    memory: str
+    share_of_budget: float
+
+
+FLEETS = {
+    HOMOGENEOUS: Fleet((1.0,) * 5, (100.0,) * 5, HOMOGENEOUS, 0.25),
+    HETEROGENEOUS: Fleet((1.0, 1.0, 2.0, 4.0, 8.0), (200.0, 100.0, 50.0, 20.0, 10.0), HETEROGENEOUS, 1.0),
+    REFERENCE: Fleet((1.0,) * 5, (100.0,) * 5, HOMOGENEOUS, 1.0),
+}
+
+
+@dataclass(frozen=True)
 class Task:
     """What the protocol leaves to a model and a data set.
 
@@ -69,6 +89,10 @@ class Task:
     fedpipe_changes: Mapping[str, Any]
     reduced: Mapping[str, Any]
     also: str | None = None
+
+    def budget(self, setting: str) -> float:
+        """Simulated seconds that every method gets in a setting."""
+        return self.budget_seconds * FLEETS[setting].share_of_budget
 
     def target(self, full: float) -> float:
         """The value to be reached, from what full fine-tuning ends with on edges that all hold it."""
@@ -109,7 +133,7 @@ def read_task(name: str) -> Task:
 
 def slowdowns(case: Case) -> dict[str, float]:
     """How many times slower than a core every edge is: the middle ones spaced evenly up to the slowest."""
-    speeds = SPEEDS[case.setting]
+    speeds = FLEETS[case.setting].speeds
     if case.setting == HETEROGENEOUS:
         speeds = (1.0, 1.0, case.slowest ** (1 / 3), case.slowest ** (2 / 3), case.slowest)
     return {f"edge-{index + 1:02d}": speeds[index % 5] for index in range(case.edges)}
@@ -117,14 +141,15 @@ def slowdowns(case: Case) -> dict[str, float]:
 
 def make_config(task: Task, case: Case) -> FederationConfig:
     """The config of a case."""
+    fleet = FLEETS[case.setting]
     by_column = task.partitions[case.partition]["by"] == "column"
     edges = [
         {
             "edge_id": edge_id,
             **({"values": task.values[index % 5]} if by_column else {}),
             "resources": {
-                "memory_gib": task.memory_gib[case.setting][index % 5],
-                "bandwidth_mbit": MBIT[case.setting][index % 5],
+                "memory_gib": task.memory_gib[fleet.memory][index % 5],
+                "bandwidth_mbit": fleet.mbit[index % 5],
                 "tokens_per_second": 1000 / slowdown,
             },
         }

@@ -36,7 +36,7 @@ def _sweep(bench: Bench, part: str, rows: Sequence[Row], folder: Path) -> Path:
     places = _places(rows)
     for method in dict.fromkeys(row.method for row in rows):
         here = [row for row in rows if row.method == method]
-        seconds = [counted_seconds(bench.task, row) for row in here]
+        seconds = [counted_seconds(row) for row in here]
         (line,) = to_target.plot(places, seconds, label=method)
         for place, row, height in zip(places, here, seconds, strict=True):
             face = line.get_color() if row.seconds_to_target else "white"

@@ -14,6 +14,7 @@ from evidence_cases import (
     HETEROGENEOUS,
     HOMOGENEOUS,
     METHODS,
+    REFERENCE,
     TUNED,
     Case,
     Task,
@@ -40,6 +41,7 @@ class Row:
     method: str
     rate: float
     seeds: int
+    budget_seconds: float
     seconds_to_target: float | None
     value: float
     worst: float
@@ -66,7 +68,7 @@ class Bench:
     def run(self, case: Case) -> Run:
         """The run of a case."""
         config = make_config(self.task, case)
-        key = f"{config_hash(config)}, {self.task.budget_seconds:g} s, {sorted(slowdowns(case).values())}"
+        key = f"{config_hash(config)}, {self.task.budget(case.setting):g} s, {sorted(slowdowns(case).values())}"
         return self.results.kept(case.name, key, lambda: self._made(case, config))
 
     def _made(self, case: Case, config: FederationConfig) -> Run:
@@ -74,7 +76,8 @@ class Bench:
             raise LookupError(
                 f"{self.task.name}: {case.name} was not run with the config that it has now; run evidence.py"
             )
-        return simulate(config, Setting(self.task.budget_seconds, slowdowns(case), *self._core, strict=True))
+        budget_seconds = self.task.budget(case.setting)
+        return simulate(config, Setting(budget_seconds, slowdowns(case), *self._core, strict=True))
 
     @cached_property
     def _core(self) -> tuple[StepCost, Yardstick]:
@@ -88,7 +91,7 @@ class Bench:
 
     def target(self, partition: str) -> float | None:
         """The share of full fine-tuning's last value, on equal edges that all hold it."""
-        case = Case(HOMOGENEOUS, partition, FULL, self.task.rates[0])
+        case = Case(REFERENCE, partition, FULL, self.task.rates[0])
         value = _last(self.run(replace(case, rate=self.best_rate(case))), self.task.metric)
         return None if value is None else self.task.target(value)
 
@@ -100,12 +103,14 @@ class Bench:
         found = [(run["rounds"][r - 1]["clock"], moved_mib(run, r)) for run, r in zip(runs, reached, strict=True) if r]
         all_reached = len(found) == len(runs)
         order = sorted(values, reverse=self.task.higher_is_better)
+        budget_seconds = self.task.budget(case.setting)
         plans = [list(run["plan"].values()) for run in runs]
         return Row(
             place=place,
             method=case.method,
             rate=case.rate,
             seeds=seeds,
+            budget_seconds=budget_seconds,
             seconds_to_target=median(seconds for seconds, _ in found) if all_reached else None,
             value=median(values),
             worst=order[-1],
@@ -120,7 +125,7 @@ class Bench:
             mib_down=median(sum(r["download_bytes"] for r in run["rounds"]) for run in runs) / MIB,
             mib_to_target=median(mib for _, mib in found) if all_reached else None,
             peak_mib=median(max(p["predicted_memory_mib"] for p in plan) for plan in plans),
-            profile_share=median(r["profile_seconds"] + r["planning_seconds"] for r in runs) / self.task.budget_seconds,
+            profile_share=median(r["profile_seconds"] + r["planning_seconds"] for r in runs) / budget_seconds,
         )
 
     def _rounds_to(self, run: Run, target: float | None) -> int | None:
@@ -175,9 +180,9 @@ def sweep_rows(bench: Bench, part: str) -> list[Row]:
     return [bench.row(p, replace(c, method=m, rate=rates[m]), 1, target) for p, c in places for m in SWEPT]
 
 
-def counted_seconds(task: Task, row: Row) -> float:
+def counted_seconds(row: Row) -> float:
     """Seconds to the target; where it was not reached, the whole budget."""
-    return row.seconds_to_target or task.budget_seconds
+    return row.seconds_to_target or row.budget_seconds
 
 
 def checks(task: Task, rows: Sequence[Row]) -> list[Check]:
@@ -187,7 +192,7 @@ def checks(task: Task, rows: Sequence[Row]) -> list[Check]:
         here = {row.method: row for row in rows if row.place == place}
         ours, others = here[FEDPIPE], [row for name, row in here.items() if name != FEDPIPE]
         for other in others if ours.seconds_to_target else ():
-            ratio = counted_seconds(task, other) / counted_seconds(task, ours)
+            ratio = counted_seconds(other) / counted_seconds(ours)
             aim = 2.0 if other.method == FEDLORA else 1.0
             found.append(at_least(f"{place}: time of {other.method} over ours", ratio, aim))
         sign = 1.0 if task.higher_is_better else -1.0
@@ -225,17 +230,17 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def lead_checks(task: Task, rows: Sequence[Row]) -> list[Check]:
+def lead_checks(rows: Sequence[Row]) -> list[Check]:
     """Of the sweep over speeds: whether the lead over uniform LoRA grows with their spread."""
     leads = []
     for place in (rows[0].place, rows[-1].place):
-        here = {row.method: counted_seconds(task, row) for row in rows if row.place == place}
+        here = {row.method: counted_seconds(row) for row in rows if row.place == place}
         leads.append(here[FEDLORA] / here[FEDPIPE])
     return [at_least(f"lead over fedlora at {rows[-1].place} over that at {rows[0].place}", leads[1] / leads[0], 1.0)]
 
 
-def ablation_checks(task: Task, rows: Sequence[Row]) -> list[Check]:
+def ablation_checks(rows: Sequence[Row]) -> list[Check]:
     """Whether anything that leaves a part out is sooner at the target than the whole."""
-    seconds = {row.method: counted_seconds(task, row) for row in rows}
+    seconds = {row.method: counted_seconds(row) for row in rows}
     ours = seconds.pop(FEDPIPE)
     return [at_least(f"time of {method} over the whole's", found / ours, 1.0) for method, found in seconds.items()]
