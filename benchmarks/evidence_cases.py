@@ -5,7 +5,7 @@ Another model or data set is one more file in `benchmarks/evidence_tasks`, besid
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,11 @@ class Fleet:
     share_of_budget: float
 
 
+_EQUAL = Fleet((1.0,) * 5, (100.0,) * 5, HOMOGENEOUS, 0.25)
 FLEETS = {
-    HOMOGENEOUS: Fleet((1.0,) * 5, (100.0,) * 5, HOMOGENEOUS, 0.25),
+    HOMOGENEOUS: _EQUAL,
     HETEROGENEOUS: Fleet((1.0, 1.0, 2.0, 4.0, 8.0), (200.0, 100.0, 50.0, 20.0, 10.0), HETEROGENEOUS, 1.0),
-    REFERENCE: Fleet((1.0,) * 5, (100.0,) * 5, HOMOGENEOUS, 1.0),
+    REFERENCE: replace(_EQUAL, share_of_budget=1.0),
 }
 
 
@@ -72,8 +73,8 @@ FLEETS = {
 class Task:
     """What the protocol leaves to a model and a data set.
 
-    `changes` are dotted keys of the federation's config, `fedpipe_changes` those of FedPipe alone; `reduced` replaces
-    fields in a reduced set. `also` is a metric that is shown beside the one that counts.
+    `changes` are dotted keys of the federation's config, `fedpipe_changes` those of FedPipe alone. `also` is a metric
+    that is shown beside the one that counts. Rates ascend; a partition is named `domain`, by which they are chosen.
     """
 
     name: str
@@ -87,7 +88,6 @@ class Task:
     values: list[list[str]]
     changes: Mapping[str, Any]
     fedpipe_changes: Mapping[str, Any]
-    reduced: Mapping[str, Any]
     also: str | None = None
 
     def budget(self, setting: str) -> float:
@@ -128,7 +128,7 @@ def read_task(name: str) -> Task:
     path = Path(name) if name.endswith(".yaml") else TASKS / f"{name}.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     document["federation"] = (path.parent / document["federation"]).resolve()
-    return Task(name=path.stem, **{"fedpipe_changes": {}, "reduced": {}} | document)
+    return Task(name=path.stem, **{"fedpipe_changes": {}} | document)
 
 
 def slowdowns(case: Case) -> dict[str, float]:

@@ -165,7 +165,7 @@ def sweep_rows(bench: Bench, part: str) -> list[Row]:
 
     Swept are the two that train low-rank adapters.
     """
-    partition = "dirichlet" if part == "edges" else "domain"
+    partition = "dirichlet" if part == "edges" else TUNED
     base = Case(HETEROGENEOUS, partition, FEDPIPE, bench.task.rates[0])
     target = bench.target(partition)
     rates = {method: bench.best_rate(replace(base, method=method)) for method in SWEPT}

@@ -172,11 +172,16 @@ def seconds_per_step(selection: Selection) -> float:
     return float(cell.block_seconds[selection.block] + _current(cell.item_seconds, selection.choice).sum())
 
 
+def steps_by(problem: EdgeProblem, selection: Selection, round_seconds: float) -> int:
+    """Steps that a selection can make by the end of a round, however many are planned; never fewer than it has."""
+    slack_seconds = slacks(problem, selection, round_seconds)[1] + ROUNDING * round_seconds
+    return selection.steps + max(0, int(slack_seconds // seconds_per_step(selection)))
+
+
 def price(problem: EdgeProblem, selection: Selection, terms: RoundTerms) -> Selection:
     """The selection with all the steps that fit, its utility and its value."""
     cell, choice = selection.cell, selection.choice
-    slack = slacks(problem, selection, terms.seconds)[1] + ROUNDING * terms.seconds
-    steps = min(cell.planned_steps, selection.steps + max(0, int(slack // seconds_per_step(selection))))
+    steps = min(cell.planned_steps, steps_by(problem, selection, terms.seconds))
     under_training = max(0.0, 1.0 - steps * cell.share_per_step)
     utility = problem.pinned_utility + float(_current(problem.utility, choice).sum())
     value = utility - cell.loss - terms.penalty * under_training

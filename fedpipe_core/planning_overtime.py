@@ -6,7 +6,7 @@ What an edge learns meanwhile costs no round any time. A deadline is chosen as i
 from collections.abc import Mapping
 from dataclasses import replace
 
-from fedpipe_core.planning_greedy import ROUNDING, Selection, seconds_per_step, slacks
+from fedpipe_core.planning_greedy import Selection, slacks, steps_by
 from fedpipe_core.planning_problem import EdgeProblem
 
 
@@ -27,6 +27,5 @@ def _longer(problem: EdgeProblem, selection: Selection, round_seconds: float, ti
     cell = selection.cell
     if cell.least_steps == cell.planned_steps:
         return selection
-    slack_seconds = slacks(problem, selection, round_seconds)[1] + ROUNDING * round_seconds
-    fitting = selection.steps + max(0, int(slack_seconds // seconds_per_step(selection)))
-    return replace(selection, steps=max(selection.steps, min(fitting, int(times * cell.planned_steps))))
+    most = int(times * cell.planned_steps)
+    return replace(selection, steps=max(selection.steps, min(steps_by(problem, selection, round_seconds), most)))
