@@ -127,6 +127,8 @@ def read_task(name: str) -> Task:
     """The task of that name, or in that file."""
     path = Path(name) if name.endswith(".yaml") else TASKS / f"{name}.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if TUNED not in document["partitions"]:
+        raise ValueError(f"{path}: partitions lacks `{TUNED}`, by which every method's rate is chosen; add it")
     document["federation"] = (path.parent / document["federation"]).resolve()
     return Task(name=path.stem, **{"fedpipe_changes": {}} | document)
 

@@ -39,6 +39,18 @@ def test_equal_edges_get_a_quarter_of_the_time_but_not_where_the_target_comes_fr
     assert equal.edges == reference.edges
 
 
+def test_a_task_without_the_partition_that_chooses_rates_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from evidence_cases import read_task
+
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("partitions:\n  iid: { by: iid }\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"mine\.yaml: partitions lacks `domain`"):
+        read_task(str(mine))
+
+
 def test_a_target_is_a_share_of_what_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from evidence_cases import read_task

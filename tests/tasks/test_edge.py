@@ -195,6 +195,27 @@ def test_what_a_short_format_leaves_out_stays_at_the_edge(tiny_config: Federatio
     assert not [key for key in coordinator.store.list() if "residual" in key]
 
 
+@pytest.mark.usefixtures("run_logger_off")
+def test_an_edge_that_makes_a_quarter_of_the_steps_that_rates_are_for_trains_at_twice_the_rate(
+    tiny_config: FederationConfig, tmp_path: Path
+) -> None:
+    def trained(name: str, **changes: float) -> str:
+        coordinator = coordinator_at(tiny_config, tmp_path / name / "store")
+        sessions = sessions_of(coordinator)
+        prepare(coordinator, sessions)
+        east = sessions["east"]
+        quadruple = 4 * east.plan.local_steps if changes.get("rate_steps") else None
+        training = tiny_config.training.model_copy(update={**changes, "rate_steps": quadruple})
+        east.config = tiny_config.model_copy(update={"training": training})
+        edge.train_round.fn(east, 1)
+        update = update_of(east)
+        assert update
+        return update.adapter.sha256
+
+    rate = tiny_config.training.learning_rate
+    assert trained("few", rate_steps=1) == trained("twice", learning_rate=2 * rate) != trained("plain")
+
+
 def test_state_of_an_edge_on_s3_lies_in_the_working_directorys_own_folder(
     tiny_config: FederationConfig, s3_root: str
 ) -> None:
