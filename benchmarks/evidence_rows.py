@@ -191,7 +191,7 @@ def checks(task: Task, rows: Sequence[Row]) -> list[Check]:
     for place in dict.fromkeys(row.place for row in rows if row.place.startswith(HETEROGENEOUS)):
         here = {row.method: row for row in rows if row.place == place}
         ours, others = here[FEDPIPE], [row for name, row in here.items() if name != FEDPIPE]
-        for other in others if ours.seconds_to_target else ():
+        for other in others:
             ratio = counted_seconds(other) / counted_seconds(ours)
             aim = 2.0 if other.method == FEDLORA else 1.0
             found.append(at_least(f"{place}: time of {other.method} over ours", ratio, aim))
