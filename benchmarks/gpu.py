@@ -30,8 +30,9 @@ from fedpipe_core.config import AggregationSpec, TrainingSpec
 from fedpipe_core.costs import CostModel, Work
 from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter, read_adapter
 from fedpipe_core.memory import held_bytes
-from fedpipe_core.model import quiet_transformers, share
+from fedpipe_core.model import share
 from fedpipe_core.resources import measured_activation_cost, measured_step_cost
+from fedpipe_core.startup import quiet_transformers
 from fedpipe_core.training import train
 from fedpipe_core.wire import decode_adapter, encode_adapter
 from fedpipe_core.wire_updates import decode_update, encode_update

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fedpipe_core.architecture import head_modules
 from fedpipe_core.batches import training_batches
-from fedpipe_core.model import head_modules
 from fedpipe_core.training import rate_factor
 from tasks.edge import EdgeSession
 

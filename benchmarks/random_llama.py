@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedpipe_core.architecture import adaptable_modules
-from fedpipe_core.model import keep_weights_in_place
+from fedpipe_core.model_weights import keep_weights_in_place
 
 SPREAD = 0.02  # standard deviation of every matrix, Llama's own
 

@@ -27,7 +27,8 @@ from fedpipe_core.allocator import return_freed_memory
 from fedpipe_core.architecture import adaptable_modules
 from fedpipe_core.export import merge
 from fedpipe_core.merged_weights import MergedWeights, write_weights
-from fedpipe_core.model import Base, quiet_transformers
+from fedpipe_core.model import Base
+from fedpipe_core.startup import quiet_transformers
 
 INDEX = "model.safetensors.index.json"
 RANK = 16

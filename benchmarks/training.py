@@ -18,12 +18,13 @@ import torch
 from common import at_least, finish, markdown_table, parser
 
 from fedpipe_core.adapters import initial_adapter, split_for_edge
+from fedpipe_core.architecture import adaptable_modules
 from fedpipe_core.batches import Batch, pad_batch, training_batches
 from fedpipe_core.config import TrainingSpec
 from fedpipe_core.config_file import load_config
 from fedpipe_core.data import load_examples
 from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter
-from fedpipe_core.model import Base, adaptable_modules, load_base
+from fedpipe_core.model import Base, load_base
 from fedpipe_core.packing import pack_batch
 from fedpipe_core.tokenizing import TokenizedExamples, tokenize
 from fedpipe_core.training import train

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fedpipe_core.adapters import Adapter
+from fedpipe_core.architecture import adaptable_modules, head_modules, head_parameters
 from fedpipe_core.low_rank import LowRank
-from fedpipe_core.model import adaptable_modules, device_of, head_modules, head_parameters, share
+from fedpipe_core.model import device_of, share
 
 TRAINED = "default"  # PEFT's usual name, so that its own tools find the adapter
 TAIL = "tail"

@@ -18,11 +18,13 @@ import torch
 from torch import nn
 
 from fedpipe_core.adapters import Adapter
+from fedpipe_core.architecture import head_modules, predicts_tokens
 from fedpipe_core.base_folder import BASE_FILE
 from fedpipe_core.merged_weights import MergedWeights, write_weights
 from fedpipe_core.merging import merge
 from fedpipe_core.methods import Form
-from fedpipe_core.model import Base, auto_class, head_modules, predicts_tokens, share
+from fedpipe_core.model import Base, share
+from fedpipe_core.model_weights import auto_class
 
 __all__ = ["EXPORT_SCHEMES", "ExportScheme", "TunedModel", "folder_sha256", "merge", "write_tokenizer"]
 

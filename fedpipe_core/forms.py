@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedpipe_core.adapters import Adapter, initial_adapter
+from fedpipe_core.architecture import head_parameters, linear_size
 from fedpipe_core.edge_model import (
     EdgeModel,
     build_edge_model,
@@ -25,7 +26,7 @@ from fedpipe_core.edge_model import (
 from fedpipe_core.low_rank import LowRank
 from fedpipe_core.merging import merge
 from fedpipe_core.methods import BOTTLENECK, Form
-from fedpipe_core.model import head_parameters, linear_size, share
+from fedpipe_core.model import share
 from fedpipe_core.profile_schemas import ModuleShape
 
 Shapes = Mapping[str, ModuleShape]

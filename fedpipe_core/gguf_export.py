@@ -16,7 +16,8 @@ from fedpipe_core.errors import ModelError
 from fedpipe_core.export import ExportScheme, TunedModel
 from fedpipe_core.gguf_tokenizer import tokenizer_kind, write_tokenizer_fields
 from fedpipe_core.merged_weights import MergedWeights
-from fedpipe_core.model import Base, auto_class
+from fedpipe_core.model import Base
+from fedpipe_core.model_weights import auto_class
 
 FILE = "model.gguf"
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gpt2": "GPT2"}

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedpipe_core.architecture import adaptable_modules, head_parameters, linear_size
 from fedpipe_core.config import PlanningSpec
 from fedpipe_core.edge_model import move_batch, own_head
 from fedpipe_core.errors import RunError
 from fedpipe_core.losses import training_loss
-from fedpipe_core.model import adaptable_modules, head_parameters, linear_size, share
+from fedpipe_core.model import share
 from fedpipe_core.seeding import derive_seed, random_generator
 
 Scores = dict[str, list[float]]

@@ -16,7 +16,8 @@ from torch import nn
 from fedpipe_core.adapters import Adapter
 from fedpipe_core.architecture import block_prefixes, linear_size
 from fedpipe_core.export import EXPORT_SCHEMES, ExportScheme, TunedModel, write_tokenizer
-from fedpipe_core.model import bitsandbytes_config, keep_weights_in_place, quiet_transformers
+from fedpipe_core.model_weights import bitsandbytes_config, keep_weights_in_place
+from fedpipe_core.startup import quiet_transformers
 
 
 def dense_modules(model: nn.Module) -> list[str]:

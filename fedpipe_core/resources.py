@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fedpipe_core.adapters import initial_adapter, split_for_edge
-from fedpipe_core.architecture import bits_of
+from fedpipe_core.architecture import adaptable_modules, bits_of, head_parameters
 from fedpipe_core.batches import Batch
 from fedpipe_core.costs import DEQUANTIZED_FORWARD
 from fedpipe_core.edge_model import build_edge_model, load_adapter, move_batch, own_head
 from fedpipe_core.losses import training_loss
-from fedpipe_core.model import adaptable_modules, device_of, head_parameters, share
+from fedpipe_core.model import device_of, share
 from fedpipe_core.profile_schemas import ActivationCost, ModelShape, StepCost
 
 Clock = Callable[[], float]

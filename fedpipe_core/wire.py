@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import safetensors
 import safetensors.torch
@@ -127,7 +127,7 @@ class Stored:
         self, header: Mapping[str, Any], whole: Callable[[str], Tensor], part: Callable[[str, slice], Tensor]
     ) -> None:
         layout = json.loads(header["__metadata__"]["fedpipe"])
-        if layout["format"] != FORMAT or layout["dtype"] not in ("fp32", "bf16", "int8", "nf4"):
+        if layout["format"] != FORMAT or layout["dtype"] not in get_args(WireDtype):
             raise ValueError(f"format {layout['format']} with dtype {layout['dtype']} is not one this version reads")
         self.content: Content = layout["content"]
         self.modules: list[str] = list(layout["modules"])

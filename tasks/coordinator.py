@@ -6,6 +6,7 @@ import os
 import torch
 from torch import nn
 
+from fedpipe_core.architecture import model_shape
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.data import Examples, label_names, load_examples, load_examples_and_column
 from fedpipe_core.dialogues import Dialogues
@@ -13,7 +14,7 @@ from fedpipe_core.errors import DataError
 from fedpipe_core.evaluation import WritingTask, predict, writing_task
 from fedpipe_core.forms import FORMS, FormFunctions
 from fedpipe_core.methods import METHODS
-from fedpipe_core.model import Base, model_shape
+from fedpipe_core.model import Base
 from fedpipe_core.predictions import Answers
 from fedpipe_core.profile_schemas import ModelShape
 from fedpipe_core.signatures import SigningKey

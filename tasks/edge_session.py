@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from fedpipe_core import aggregation_rules
+from fedpipe_core.architecture import model_shape
 from fedpipe_core.config import EdgeSpec, FederationConfig
 from fedpipe_core.costs import probed_bits
 from fedpipe_core.data import fingerprint
@@ -23,7 +24,7 @@ from fedpipe_core.evaluation import WritingTask, writing_task
 from fedpipe_core.forms import InstanceSpec
 from fedpipe_core.memory import training_memory_bytes
 from fedpipe_core.methods import METHODS
-from fedpipe_core.model import Base, base_shape, model_shape
+from fedpipe_core.model import Base, base_shape
 from fedpipe_core.partition import load_split_examples
 from fedpipe_core.plan_schemas import EdgePlan, FederationPlan
 from fedpipe_core.profile_schemas import ModelShape

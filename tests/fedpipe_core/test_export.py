@@ -8,11 +8,12 @@ from tiny_models import ARCHITECTURES, LABELS, random_adapter, tiny_examples
 from torch import Tensor, nn
 
 from fedpipe_core.adapters import Adapter
+from fedpipe_core.architecture import adaptable_modules
 from fedpipe_core.batches import pad_batch
 from fedpipe_core.config import ReleaseSpec
 from fedpipe_core.edge_model import build_global_model, load_global_adapter
 from fedpipe_core.export import DTYPES, EXPORT_SCHEMES, TunedModel, folder_sha256, merge
-from fedpipe_core.model import Base, adaptable_modules
+from fedpipe_core.model import Base
 
 RANK = 3
 

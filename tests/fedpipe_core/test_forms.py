@@ -6,6 +6,7 @@ from tiny_models import tiny_dialogues, tiny_examples
 
 from fedpipe_core.adapters import Adapter, truncated_for_edge
 from fedpipe_core.aggregation import Update, aggregate
+from fedpipe_core.architecture import head_parameters, model_shape
 from fedpipe_core.batches import pad_batch, training_batches
 from fedpipe_core.config import AggregationSpec, TrainingSpec
 from fedpipe_core.edge_model import EdgeModel, load_adapter, read_adapter
@@ -13,7 +14,7 @@ from fedpipe_core.forms import FORMS, InstanceSpec
 from fedpipe_core.low_rank import LowRank
 from fedpipe_core.memory import training_memory_bytes
 from fedpipe_core.methods import METHODS, bottleneck_places, bottlenecks
-from fedpipe_core.model import head_parameters, model_shape, share
+from fedpipe_core.model import share
 from fedpipe_core.training import train
 
 ROWS = tiny_examples(48)

@@ -13,12 +13,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 from transformers.models.auto import AutoModelForCausalLM
 
+from fedpipe_core.architecture import adaptable_modules
 from fedpipe_core.config import ModelSpec
 from fedpipe_core.errors import ModelError
 from fedpipe_core.export import TunedModel, merge
 from fedpipe_core.gguf_export import FILE, GGUF_SCHEMES, check_gguf
 from fedpipe_core.gguf_tokenizer import tokenizer_kind
-from fedpipe_core.model import Base, adaptable_modules, load_base
+from fedpipe_core.model import Base, load_base
 
 E2E = Path(__file__).parents[2] / "examples" / "e2e" / "model"
 TEXT = "The Rice Boat, a family-friendly place near the river,\n doesn't cost £20; rated 3 out of 5!  "

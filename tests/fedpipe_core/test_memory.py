@@ -3,10 +3,11 @@ from collections.abc import Callable
 import pytest
 from tiny_models import tiny_examples
 
+from fedpipe_core.architecture import adaptable_modules
 from fedpipe_core.batches import Batch, pad_batch
 from fedpipe_core.edge_model import EdgeModel, build_edge_model, count_parameters
 from fedpipe_core.memory import OPTIMIZER_COPIES, training_memory_bytes
-from fedpipe_core.model import Base, adaptable_modules
+from fedpipe_core.model import Base
 
 
 def edge_model(base: Base, rank: int = 2, checkpointing: bool = False) -> EdgeModel:

@@ -12,12 +12,13 @@ from torch import nn
 from transformers.models.auto import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedpipe_core.adapters import Adapter
+from fedpipe_core.architecture import adaptable_modules
 from fedpipe_core.config import ModelSpec
 from fedpipe_core.errors import ModelError
 from fedpipe_core.export import EXPORT_SCHEMES, TunedModel, merge
 from fedpipe_core.forms import FORMS
 from fedpipe_core.merged_weights import MergedWeights, write_weights
-from fedpipe_core.model import Base, adaptable_modules, load_base
+from fedpipe_core.model import Base, load_base
 
 SMALL_SHARD = 10_000
 

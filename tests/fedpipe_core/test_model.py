@@ -7,12 +7,12 @@ import torch
 from tiny_models import ARCHITECTURES, DECODERS, LABELS, VOCABULARY, WRITERS, save_tiny_model, tiny_examples
 from torch import nn
 
-from fedpipe_core.architecture import adaptable_modules, head_parameters
+from fedpipe_core.architecture import adaptable_modules, head_parameters, model_shape
 from fedpipe_core.batches import pad_batch
 from fedpipe_core.config import ModelSpec
 from fedpipe_core.errors import ModelError
 from fedpipe_core.evaluation import predict
-from fedpipe_core.model import Base, base_shape, load_base, model_shape, share
+from fedpipe_core.model import Base, base_shape, load_base, share
 from fedpipe_core.tokenizing import TokenizedExamples
 
 

@@ -14,10 +14,11 @@ import torch
 from prefect_processes import running, wait_for
 from tiny_models import LABELS, WORDS, random_adapter, save_tiny_model
 
+from fedpipe_core.architecture import adaptable_modules
 from fedpipe_core.base_folder import base_sha256
 from fedpipe_core.config import ModelSpec
 from fedpipe_core.export import EXPORT_SCHEMES, TunedModel, merge
-from fedpipe_core.model import adaptable_modules, load_base
+from fedpipe_core.model import load_base
 from tasks import registry
 from tasks.mlflow_client import connect
 from tasks.registry import ADAPTER_TAG, BASE_TAG
