@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 from common import Check, finish, parser
 from evidence_cases import HETEROGENEOUS, SETTINGS, TUNED, Task, read_task
+from evidence_checks import ablation_checks, checks, lead_checks
 from evidence_plots import draw
-from evidence_rows import Bench, Row, ablation_checks, checks, lead_checks, main_rows, sweep_rows, table
+from evidence_rows import Bench, Row, main_rows, sweep_rows
+from evidence_table import table
 from federations import FOLDER, Results
 
 QUICK = {"budget_seconds": 12.0, "rates": (0.004,)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from common import told
 from evidence import parse, sections
 from evidence_plots import draw
-from evidence_rows import table
+from evidence_table import table
 from federations import FOLDER, IMAGES
 
 PAGE = FOLDER.parent / "docs" / "evidence.md"

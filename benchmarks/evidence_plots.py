@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from evidence_cases import Case
-from evidence_rows import Bench, Row, counted_seconds, moved_mib
+from evidence_checks import counted_seconds
+from evidence_rows import Bench, Row, moved_mib
 
 
 def draw(bench: Bench, part: str, rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -1,11 +1,10 @@
-"""What evidence rests on: runs, kept one by one, the rows of its tables and the verdicts over them."""
+"""What evidence rests on: runs, kept one by one, and the rows of its tables."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
 
-from common import Check, at_least, at_most, markdown_table
 from evidence_cases import (
     ABLATIONS,
     FEDLORA,
@@ -43,6 +42,7 @@ class Row:
     seeds: int
     budget_seconds: float
     seconds_to_target: float | None
+    seconds_to_uniform: float | None  # to what the worst run of uniform LoRA ends with
     value: float
     worst: float
     best: float
@@ -95,13 +95,18 @@ class Bench:
         value = _last(self.run(replace(case, rate=self.best_rate(case))), self.task.metric)
         return None if value is None else self.task.target(value)
 
-    def row(self, place: str, case: Case, seeds: int, target: float | None) -> Row:
-        """A case with every seed."""
+    def worst_end(self, case: Case, seeds: int) -> float | None:
+        """What the worst run of a case has in its last round."""
+        ends = [_last(self.run(replace(case, seed=seed)), self.task.metric) for seed in range(seeds)]
+        known = [end for end in ends if end is not None]
+        worst = min if self.task.higher_is_better else max
+        return worst(known) if len(known) == len(ends) else None
+
+    def row(self, place: str, case: Case, seeds: int, target: float | None, uniform: float | None = None) -> Row:
+        """A case with every seed. `uniform` is what the worst run of uniform LoRA ends with."""
         runs = [self.run(replace(case, seed=seed)) for seed in range(seeds)]
         values = [run["final"][self.task.metric] for run in runs]
-        reached = [self._rounds_to(run, target) for run in runs]
-        found = [(run["rounds"][r - 1]["clock"], moved_mib(run, r)) for run, r in zip(runs, reached, strict=True) if r]
-        all_reached = len(found) == len(runs)
+        to_target, to_uniform = ([self._rounds_to(run, value) for run in runs] for value in (target, uniform))
         order = sorted(values, reverse=self.task.higher_is_better)
         budget_seconds = self.task.budget(case.setting)
         plans = [list(run["plan"].values()) for run in runs]
@@ -111,7 +116,8 @@ class Bench:
             rate=case.rate,
             seeds=seeds,
             budget_seconds=budget_seconds,
-            seconds_to_target=median(seconds for seconds, _ in found) if all_reached else None,
+            seconds_to_target=_median_over(runs, to_target, _clock),
+            seconds_to_uniform=_median_over(runs, to_uniform, _clock),
             value=median(values),
             worst=order[-1],
             best=order[0],
@@ -123,7 +129,7 @@ class Bench:
             trained_parameters=round(median(sum(p["trained_parameters"] for p in plan) / len(plan) for plan in plans)),
             mib_up=median(sum(r["upload_bytes"] for r in run["rounds"]) for run in runs) / MIB,
             mib_down=median(sum(r["download_bytes"] for r in run["rounds"]) for run in runs) / MIB,
-            mib_to_target=median(mib for _, mib in found) if all_reached else None,
+            mib_to_target=_median_over(runs, to_target, moved_mib),
             peak_mib=median(max(p["predicted_memory_mib"] for p in plan) for plan in plans),
             profile_share=median(r["profile_seconds"] + r["planning_seconds"] for r in runs) / budget_seconds,
         )
@@ -137,6 +143,18 @@ class Bench:
 def moved_mib(run: Run, rounds: int) -> float:
     """What the first rounds moved, up and down."""
     return sum(r["upload_bytes"] + r["download_bytes"] for r in run["rounds"][:rounds]) / MIB
+
+
+def _clock(run: Run, rounds: int) -> float:
+    return float(run["rounds"][rounds - 1]["clock"])
+
+
+def _median_over(
+    runs: Sequence[Run], rounds: Sequence[int | None], measure: Callable[[Run, int], float]
+) -> float | None:
+    """The median of a measure after every run's number of rounds; None where a run has none."""
+    found = [measure(run, count) for run, count in zip(runs, rounds, strict=True) if count]
+    return median(found) if len(found) == len(runs) else None
 
 
 def _validation_loss(run: Run) -> float:
@@ -153,10 +171,10 @@ def main_rows(bench: Bench, settings: Sequence[str], partitions: Sequence[str], 
     for partition in partitions:
         target = bench.target(partition)
         for setting in settings:
-            for method in METHODS:
-                case = Case(setting, partition, method, bench.task.rates[0])
-                best = replace(case, rate=bench.best_rate(case))
-                rows.append(bench.row(f"{setting}, {partition}", best, seeds, target))
+            cases = [Case(setting, partition, method, bench.task.rates[0]) for method in METHODS]
+            best = {case.method: replace(case, rate=bench.best_rate(case)) for case in cases}
+            uniform = bench.worst_end(best[FEDLORA], seeds)
+            rows += [bench.row(f"{setting}, {partition}", case, seeds, target, uniform) for case in best.values()]
     return rows
 
 
@@ -178,69 +196,3 @@ def sweep_rows(bench: Bench, part: str) -> list[Row]:
         else [(f"{count} edges", replace(base, edges=count)) for count in EDGE_COUNTS]
     )
     return [bench.row(p, replace(c, method=m, rate=rates[m]), 1, target) for p, c in places for m in SWEPT]
-
-
-def counted_seconds(row: Row) -> float:
-    """Seconds to the target; where it was not reached, the whole budget."""
-    return row.seconds_to_target or row.budget_seconds
-
-
-def checks(task: Task, rows: Sequence[Row]) -> list[Check]:
-    """The aims, in the heterogeneous setting."""
-    found: list[Check] = []
-    for place in dict.fromkeys(row.place for row in rows if row.place.startswith(HETEROGENEOUS)):
-        here = {row.method: row for row in rows if row.place == place}
-        ours, others = here[FEDPIPE], [row for name, row in here.items() if name != FEDPIPE]
-        for other in others:
-            ratio = counted_seconds(other) / counted_seconds(ours)
-            aim = 2.0 if other.method == FEDLORA else 1.0
-            found.append(at_least(f"{place}: time of {other.method} over ours", ratio, aim))
-        sign = 1.0 if task.higher_is_better else -1.0
-        lead = sign * ours.best - max(sign * row.worst for row in others)
-        found.append(at_least(f"{place}: our best end less the best other's worst", lead, 0.0))
-        uniform = here[FEDLORA]
-        parameters = ours.trained_parameters / uniform.trained_parameters
-        moved = (ours.mib_up + ours.mib_down) / ((uniform.mib_up + uniform.mib_down) or 1.0)
-        found.append(at_most(f"{place}: parameters over fedlora's", parameters, 0.5))
-        if ours.mib_to_target and uniform.mib_to_target:
-            to_target = ours.mib_to_target / uniform.mib_to_target
-            found.append(at_most(f"{place}: bytes to the target over fedlora's", to_target, 0.5))
-        found.append(at_most(f"{place}: bytes in equal time over fedlora's", moved, 0.5))
-    return found
-
-
-def table(task: Task, rows: Sequence[Row]) -> str:
-    """The table in Markdown."""
-    also = [task.also] if task.also else []
-    head = ["where", "method", "rate", "seeds", "s to target", task.metric, "range", *also, "rounds", "edges", "spread"]
-    head += ["left over", "parameters", "MiB up", "MiB down", "to target", "peak MiB", "profiling"]
-    return markdown_table(head, [_cells(row) for row in rows])
-
-
-def _cells(row: Row) -> list[str]:
-    also = [] if row.also is None else [f"{row.also:.1f}"]
-    return [
-        *(row.place, row.method, f"{row.rate:g}", str(row.seeds)),
-        "not reached" if row.seconds_to_target is None else f"{row.seconds_to_target:.0f}",
-        *(f"{row.value:.3f}", f"{row.worst:.3f}–{row.best:.3f}", *also, str(row.rounds), str(row.edges)),
-        *(f"{row.round_spread:.0%}", f"{row.under_training:.0%}", f"{row.trained_parameters:,}"),
-        *(f"{row.mib_up:.1f}", f"{row.mib_down:.1f}"),
-        "" if row.mib_to_target is None else f"{row.mib_to_target:.1f}",
-        *(f"{row.peak_mib:.0f}", f"{row.profile_share:.1%}"),
-    ]
-
-
-def lead_checks(rows: Sequence[Row]) -> list[Check]:
-    """Of the sweep over speeds: whether the lead over uniform LoRA grows with their spread."""
-    leads = []
-    for place in (rows[0].place, rows[-1].place):
-        here = {row.method: counted_seconds(row) for row in rows if row.place == place}
-        leads.append(here[FEDLORA] / here[FEDPIPE])
-    return [at_least(f"lead over fedlora at {rows[-1].place} over that at {rows[0].place}", leads[1] / leads[0], 1.0)]
-
-
-def ablation_checks(rows: Sequence[Row]) -> list[Check]:
-    """Whether anything that leaves a part out is sooner at the target than the whole."""
-    seconds = {row.method: counted_seconds(row) for row in rows}
-    ours = seconds.pop(FEDPIPE)
-    return [at_least(f"time of {method} over the whole's", found / ours, 1.0) for method, found in seconds.items()]

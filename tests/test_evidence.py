@@ -1,5 +1,6 @@
 """What `make evidence` runs is what the code accepts today."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,28 @@ def test_a_target_is_a_share_of_what_is_better(monkeypatch: pytest.MonkeyPatch) 
     assert loss.target(1.9) == pytest.approx(2.0)
     assert loss.reached(1.99, 2.0)
     assert not loss.reached(2.01, 2.0)
+
+
+def test_a_value_is_reached_when_every_seed_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from evidence_cases import Case, read_task
+    from evidence_rows import Bench
+    from federations import Results
+
+    kept = json.loads((BENCHMARKS / "results" / "evidence-snips.json").read_text(encoding="utf-8"))
+    case = Case("heterogeneous", "iid", "fedlora", 0.004)
+    runs = [kept[case.name], kept[case.name]]
+    monkeypatch.setattr(Bench, "run", lambda _, case: runs[case.seed])
+    bench = Bench(read_task("snips"), Results(None))
+    last, uniform = runs[0]["rounds"][-1], bench.worst_end(case, 2)
+    assert uniform == last["accuracy"]
+    row = bench.row("here", case, 2, uniform, uniform)
+    assert row.seconds_to_target == row.seconds_to_uniform <= last["clock"]
+    runs[1] = {**runs[1], "rounds": [{**found, "accuracy": 0.1} for found in runs[1]["rounds"]]}
+    assert bench.worst_end(case, 2) == 0.1
+    row = bench.row("here", case, 2, uniform, bench.worst_end(case, 2))
+    assert (row.seconds_to_target, row.mib_to_target) == (None, None)
+    assert row.seconds_to_uniform == runs[0]["rounds"][0]["clock"]
 
 
 def test_the_page_shows_what_the_kept_runs_come_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
