@@ -4,9 +4,9 @@ The same function serves the coordinator, which publishes what it returns, and t
 which compares. It needs the records and updates alone, no base model.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -82,7 +82,8 @@ def _combined(reader: "UpdateReader", asked: Collection[str], arbiter: Arbiter |
     before = _before_previous(run, record.round)
     updates, records, dropped = _read_updates(reader, asked)
 
-    def combined(counted: Sequence[Update]) -> Adapter:
+    @lru_cache(maxsize=1)  # what a pardon was judged by is what the round becomes
+    def combined(counted: tuple[Update, ...]) -> Adapter:
         return aggregate(previous, counted, run.config.aggregation, before).adapter
 
     screening = screen_updates(updates, run.config.aggregation, record.opposed)
@@ -90,7 +91,7 @@ def _combined(reader: "UpdateReader", asked: Collection[str], arbiter: Arbiter |
     hashes = {edge_id: update.adapter.sha256 for edge_id, update in records.items()}
     used = {update.edge_id: hashes[update.edge_id] for update in screening.counted}
     answers = {edge_id: records[edge_id] for edge_id in used}
-    adapter = settled(combined(screening.counted), previous.ranks, run.plan, answers)
+    adapter = settled(combined(tuple(screening.counted)), previous.ranks, run.plan, answers)
     return Combination(
         data=encode_adapter(adapter, run.config.exchange.dtype_of_global),
         ranks=adapter.ranks,
@@ -103,7 +104,7 @@ def _combined(reader: "UpdateReader", asked: Collection[str], arbiter: Arbiter |
 
 
 def _arbitrated(
-    screening: Screening, combined: Callable[[Sequence[Update]], Adapter], arbiter: Arbiter | None
+    screening: Screening, combined: Callable[[tuple[Update, ...]], Adapter], arbiter: Arbiter | None
 ) -> tuple[Screening, tuple[str, ...]]:
     """The screening after every suspect was heard, one after another, and the edges that were pardoned."""
     if arbiter is None:
@@ -112,8 +113,8 @@ def _arbitrated(
     for suspect in screening.suspects:
         together = screening.pardon(suspect)
         # Against its standing still, not its absence: that would let a reversed change count for damping the others'.
-        still = [*screening.counted, replace(suspect, trained=suspect.start)]
-        if arbiter(suspect.edge_id, partial(combined, still), partial(combined, together.counted)):
+        still = (*screening.counted, replace(suspect, trained=suspect.start))
+        if arbiter(suspect.edge_id, partial(combined, still), partial(combined, tuple(together.counted))):
             screening = together
             pardoned.append(suspect.edge_id)
     return screening, tuple(pardoned)

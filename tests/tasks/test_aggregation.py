@@ -90,7 +90,10 @@ def test_edge_that_opposes_the_others_counts_where_it_takes_the_held_out_loss_do
     store.delete(begun)
     put_record(store, begun, opposed)
 
+    counted, aggregate = [], aggregation.aggregate
+    monkeypatch.setattr(aggregation, "aggregate", lambda *given: counted.append(len(given[1])) or aggregate(*given))
     made = federation.aggregate_round.fn(coordinator, plan, 1)
+    assert counted == [3, 3, 2] if reversed_ else [3, 3]  # with west standing still, with it moved, and without it
     assert ("west" in made.counted) is (made.pardoned == ("west",)) is not reversed_
     assert ("west" in made.refused) is ("west" in made.dropped) is (made.opposed == ("west",)) is reversed_
     run = StoredRun(coordinator.config, store, coordinator.keys, coordinator.base.sha256, plan)
