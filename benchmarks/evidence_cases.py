@@ -37,8 +37,9 @@ METHODS: dict[str, dict[str, Any]] = {
     FULL: {"method": "full"},
 }
 RULES = ("fedavg", "hetlora", "rankwise", "flexlora", "ffa", "raflora", "flora_stack")
+ELSEWHERE = ("fedpipe", "fedlora", "averaged factors")  # of the variants: a method each, and the rule fedavg
 ABLATIONS: dict[str, dict[str, Any]] = {
-    **{name: {**OURS, **changes} for name, changes in VARIANTS.items() if not name.startswith(("fedpipe", "fedlora"))},
+    **{name: {**OURS, **changes} for name, changes in VARIANTS.items() if not name.startswith(ELSEWHERE)},
     **{f"rule {rule}": {**OURS, "aggregation.rule": rule} for rule in RULES},
     "same rate at every edge": {**OURS, "training.rate_steps": None},
     "no overtime": {**OURS, "planning.overtime": 1.0},
