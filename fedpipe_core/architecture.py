@@ -29,6 +29,12 @@ def adaptable_modules(model: nn.Module) -> dict[str, ModuleShape]:
     return found
 
 
+def dense_modules(model: nn.Module) -> list[str]:
+    """Linear maps outside the blocks, which are never quantized."""
+    blocks = tuple(block_prefixes(model))
+    return [name for name, part in model.named_modules() if linear_size(part) and not f"{name}.".startswith(blocks)]
+
+
 def head_modules(model: nn.Module) -> list[str]:
     """Modules of the head, trained in full: all that hold parameters from the first linear map behind the blocks on.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedpipe_core.architecture import block_prefixes, head_parameters, linear_size, output_layer
+from fedpipe_core.architecture import block_prefixes, dense_modules, head_parameters, output_layer
 from fedpipe_core.config import ModelSpec
 from fedpipe_core.errors import ModelError
 from fedpipe_core.startup import quiet_transformers
@@ -36,7 +36,7 @@ def load_weights(folder: Path, spec: ModelSpec, labels: int | None, bits: int, s
     options |= {} if labels is None else {"num_labels": labels}
     options["trust_remote_code"] = spec.trust_remote_code
     try:
-        unquantized = _dense_modules(empty_model(folder, spec, labels))
+        unquantized = dense_modules(empty_model(folder, spec, labels))
         if bits < 16:
             options |= {"quantization_config": bitsandbytes_config(unquantized, bits, dtype), "device_map": device}
         with _seeded(seed):
@@ -123,12 +123,6 @@ def empty_model(folder: Path, spec: ModelSpec, labels: int | None) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = auto_class(spec.task).from_config(config, trust_remote_code=spec.trust_remote_code)
     return model
-
-
-def _dense_modules(model: nn.Module) -> list[str]:
-    """Linear maps outside the blocks, which are never quantized."""
-    blocks = tuple(block_prefixes(model))
-    return [name for name, part in model.named_modules() if linear_size(part) and not f"{name}.".startswith(blocks)]
 
 
 @contextmanager

@@ -14,16 +14,10 @@ import torch
 from torch import nn
 
 from fedpipe_core.adapters import Adapter
-from fedpipe_core.architecture import block_prefixes, linear_size
+from fedpipe_core.architecture import dense_modules
 from fedpipe_core.export import EXPORT_SCHEMES, ExportScheme, TunedModel, write_tokenizer
 from fedpipe_core.model_weights import bitsandbytes_config, keep_weights_in_place
 from fedpipe_core.startup import quiet_transformers
-
-
-def dense_modules(model: nn.Module) -> list[str]:
-    """Linear maps outside the blocks, which are never quantized."""
-    blocks = tuple(block_prefixes(model))
-    return [name for name, part in model.named_modules() if linear_size(part) and not f"{name}.".startswith(blocks)]
 
 
 def _quantized(bits: int) -> Callable[[TunedModel, Path], None]:

@@ -4,13 +4,13 @@ import pytest
 import torch
 from tiny_models import LABELS, random_adapter, save_tiny_model, tiny_examples
 
-from fedpipe_core.architecture import adaptable_modules
+from fedpipe_core.architecture import adaptable_modules, dense_modules
 from fedpipe_core.batches import pad_batch
 from fedpipe_core.config import ModelSpec
 from fedpipe_core.export import TunedModel, merge
 from fedpipe_core.export_proof import agreement, answers
 from fedpipe_core.model import load_base
-from fedpipe_core.quantized_export import QUANTIZED_SCHEMES, dense_modules
+from fedpipe_core.quantized_export import QUANTIZED_SCHEMES
 
 BITS = {"int8": 8, "nf4": 4, "nf4+adapter": 4}
 
