@@ -10,17 +10,30 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from common import Check, at_most, finish, markdown_table, parser
 from federations import INTENTS, Run, config_hash, results_of
+from planning_variants import FEDLORA, FEDPIPE, VARIANTS
 from simulated_clock import Setting, core_of, simulate, spread
-from time_to_accuracy import COMMON, FEDLORA, FEDPIPE, METHODS
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.config_file import load_config
 
 SLOWDOWNS = {"east": 1.0, "north": 1.0, "south": 1.0, "west": 1.0, "mast": 4.0}
+COMMON: dict[str, Any] = {
+    "training.examples_per_round": 320,
+    "training.learning_rate": 0.004,
+    "training.head_rate_factor": 3,
+    "evaluation.examples_per_round": 600,
+    "data.validation_fraction": 0.0,
+    "model.bits": [32, 8, 4],
+    "planning.ranks": [1, 2, 4, 8, 16],
+    "planning.batch_sizes": [8, 16, 32],
+    "planning.parameter_price": 0.3,
+    "aggregation.rank_cap": 16,
+}
 SEEDS = (0, 1, 2)
 BUDGET_SECONDS = 45.0
 MOST_SPREAD = 0.25
@@ -45,7 +58,7 @@ def make_config(method: str, seed: int) -> FederationConfig:
         {"edge_id": e, "resources": {"memory_gib": 1.0, "bandwidth_mbit": 100, "tokens_per_second": 1000 / slowdown}}
         for e, slowdown in SLOWDOWNS.items()
     ]
-    document = {"seed": seed, "edges": edges, "data.partition": {"by": "iid"}, **COMMON, **METHODS[method]}
+    document = {"seed": seed, "edges": edges, "data.partition": {"by": "iid"}, **COMMON, **VARIANTS[method]}
     return load_config(INTENTS, [f"{key}={json.dumps(value)}" for key, value in document.items()])
 
 

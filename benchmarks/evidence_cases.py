@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from federations import FOLDER
-from time_to_accuracy import METHODS as VARIANTS
+from planning_variants import FEDLORA, FEDPIPE, VARIANTS
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.config_file import load_config
@@ -21,31 +21,30 @@ HOMOGENEOUS, HETEROGENEOUS = "homogeneous", "heterogeneous"
 SETTINGS = (HOMOGENEOUS, HETEROGENEOUS)
 REFERENCE = "reference"  # homogeneous edges that get the whole time, as heterogeneous ones: where the target comes from
 TARGET_SHARE = 0.95
-FEDPIPE, FEDLORA, FEDADAPTER, FULL = "fedpipe", "fedlora", "fedadapter", "full"
+FEDADAPTER, FULL = "fedadapter", "full"
 TUNED = "domain"  # the partition whose runs choose a method's rate in a setting
 # FedPipe sends updates and global adapter in 4 bits, and edges that would wait make up to four times the steps.
 OURS: dict[str, Any] = {
-    **VARIANTS["fedpipe"],
+    **VARIANTS[FEDPIPE],
     "exchange.dtype": "nf4",
     "exchange.global_dtype": "nf4",
     "planning.overtime": 4.0,
 }
 METHODS: dict[str, dict[str, Any]] = {
     FEDPIPE: OURS,
-    FEDLORA: VARIANTS["fedlora"],
+    FEDLORA: VARIANTS[FEDLORA],
     FEDADAPTER: {"method": "fedadapter"},
     FULL: {"method": "full"},
 }
 RULES = ("fedavg", "hetlora", "rankwise", "flexlora", "ffa", "raflora", "flora_stack")
-ELSEWHERE = ("fedpipe", "fedlora", "averaged factors")  # of the variants: a method each, and the rule fedavg
 ABLATIONS: dict[str, dict[str, Any]] = {
-    **{name: {**OURS, **changes} for name, changes in VARIANTS.items() if not name.startswith(ELSEWHERE)},
+    **{name: {**OURS, **changes} for name, changes in VARIANTS.items() if name not in METHODS},
     **{f"rule {rule}": {**OURS, "aggregation.rule": rule} for rule in RULES},
     "same rate at every edge": {**OURS, "training.rate_steps": None},
     "no overtime": {**OURS, "planning.overtime": 1.0},
     "global adapter in 8 bits": {**OURS, "exchange.global_dtype": "int8"},
     "16 bits on the wire": {**OURS, "exchange.dtype": "bf16", "exchange.global_dtype": "bf16"},
-    "fedlora, 4 bits on the wire": {**VARIANTS["fedlora"], "exchange.dtype": "nf4", "exchange.global_dtype": "nf4"},
+    "fedlora, 4 bits on the wire": {**VARIANTS[FEDLORA], "exchange.dtype": "nf4", "exchange.global_dtype": "nf4"},
 }
 
 

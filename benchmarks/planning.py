@@ -15,8 +15,9 @@ from common import at_most, finish, markdown_table, parser
 
 from fedpipe_core.config import FederationConfig
 from fedpipe_core.costs import predict
-from fedpipe_core.planning import PreparedEdge, plan_federation, prepare_edges, round_terms
+from fedpipe_core.planning import plan_federation, prepare_edges, round_terms
 from fedpipe_core.planning_greedy import solve_greedily
+from fedpipe_core.planning_selection import PreparedEdge
 from fedpipe_core.planning_solver import refine
 from fedpipe_core.profile_schemas import ActivationCost, EdgeProfile, ModelShape, ModuleShape, StepCost
 
@@ -163,8 +164,8 @@ def measure_gaps(prepared: Mapping[str, PreparedEdge], config: FederationConfig)
     for edge in prepared.values():
         greedy = solve_greedily(edge.problem, edge.duals, edge.front, terms)
         refined = refine(edge.problem, edge.duals, greedy, terms, time.monotonic() + 60)
-        optimum = refined.selection.value + refined.gap * refined.selection.utility  # at most
-        greedy_gaps.append(max(0.0, optimum - greedy.value) / greedy.utility)
+        optimum = refined.selection.value + refined.gap * refined.selection.worth  # at most
+        greedy_gaps.append(max(0.0, optimum - greedy.value) / greedy.worth)
         refined_gaps.append(refined.gap)
         solved += refined.solved
     return [_summary("greedy", greedy_gaps), _summary("milp", refined_gaps)], solved

@@ -24,7 +24,7 @@ class PlanningSpec(Spec):
     """What the planner may choose from."""
 
     importance: ImportanceMethod = Field("gradient_spectrum", description="How modules are scored")
-    profile_steps: int = Field(5, ge=5, le=1000, description="Training steps of the importance profile at each edge")
+    profile_steps: int = Field(5, ge=2, le=1000, description="Training steps of the importance profile at each edge")
     profile_batch_size: int = Field(4, ge=1, le=1024, description="Examples per step of the importance profile")
     probe_rank: Rank = Field(8, description="Rank of the adapters that the profile trains on every module")
     ranks: tuple[Rank, ...] = Field((2, 4, 8, 16), min_length=1, description="Ranks the planner may give a module")

@@ -84,7 +84,7 @@ def gradient_spectrum_scores(base: nn.Module, batches: Batches, rank: int, seed:
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return {name: sketch.squared_singular_values(rank) for name, sketch in sketches.items()}
+    return {name: sketch.singular_values(rank) for name, sketch in sketches.items()}
 
 
 def uniform_scores(base: nn.Module, batches: Batches, rank: int, seed: int) -> Scores:
@@ -173,12 +173,12 @@ class _GradientSketch:
             self.left += (self.psi @ outputs.T) @ self.inputs
         self.inputs = None
 
-    def squared_singular_values(self, rank: int) -> list[float]:
+    def singular_values(self, rank: int) -> list[float]:
         basis, _ = torch.linalg.qr(self.right)
         columns, triangle = torch.linalg.qr(self.psi @ basis)
         # (ΨQ)⁺ Z by its QR: `lstsq` answers the same question with other last bits every time.
         core = torch.linalg.solve_triangular(triangle, columns.T @ self.left, upper=True)
-        values = torch.linalg.svdvals(core)[:rank] ** 2
+        values = torch.linalg.svdvals(core)[:rank]
         return [float(value) for value in values]
 
 

@@ -1,17 +1,16 @@
 """The planner: which weights each edge adapts, at what rank, with what batch, steps, bits and checkpointing.
 
-Given every edge's profile it maximises, per edge, Σ utility(module, rank) − price·(share of parameters trained) − loss
-of the base's bits − penalty·u, where u = max(0, 1 − processed/planned) is the under-training rate, with examples in
-large batches counting for less (gradient noise scale), subject to the edge's memory and to one round deadline shared by
-all edges. The parts: `planning_utility` says what a rank is worth, `costs` what it costs, `planning_deadline` how long
-a round lasts, `planning_greedy` and `planning_solver` find the selection, `planning_overtime` gives edges that would
-wait more to do, `planning_checks` says what is refused.
+Given every edge's profile it maximises, per edge, (Σ utility(module, rank) − price·(share of parameters trained))^¼ −
+loss of the base's bits − penalty·u, where u = max(0, 1 − processed/planned) is the under-training rate, with examples
+in large batches counting for less (gradient noise scale), subject to the edge's memory and to one round deadline shared
+by all edges. The parts: `planning_utility` says what a rank is worth, `costs` what it costs, `planning_deadline` how
+long a round lasts, `planning_selection` finds each edge's selection by `planning_greedy` and `planning_solver`,
+`planning_overtime` gives edges that would wait more to do, `planning_checks` says what is refused.
 The same profiles and config give the same plan, byte for byte.
 """
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,25 +23,16 @@ from fedpipe_core.plan_schemas import EdgePlan, FederationPlan
 from fedpipe_core.planning_binding import binding_limit
 from fedpipe_core.planning_checks import check_menu, check_pin, check_profile
 from fedpipe_core.planning_deadline import choose_deadline, shortest_round
-from fedpipe_core.planning_greedy import Duals, Frontier, Selection, frontier, solve_greedily, sweep_cells
+from fedpipe_core.planning_greedy import Selection
 from fedpipe_core.planning_infeasible import explain_memory, explain_seconds
 from fedpipe_core.planning_overtime import with_overtime
 from fedpipe_core.planning_problem import EdgeProblem, RoundTerms, adaptable_modules, build_problem, cost_model
-from fedpipe_core.planning_solver import refine
+from fedpipe_core.planning_selection import PreparedEdge, prepare, select
 from fedpipe_core.planning_uniform import plan_uniformly, unfit_edges
 from fedpipe_core.planning_utility import edge_utilities, net_of_price
 from fedpipe_core.profile_schemas import EdgeProfile, ModelShape
 
 __all__ = ["check_profile", "infeasible_edges", "plan_federation", "prepare_edges", "round_terms"]
-
-
-@dataclass(frozen=True)
-class PreparedEdge:
-    """An edge's problem with what does not depend on the deadline."""
-
-    problem: EdgeProblem
-    duals: list[Duals]
-    front: Frontier
 
 
 def plan_federation(shape: ModelShape, profiles: Mapping[str, EdgeProfile], config: FederationConfig) -> FederationPlan:
@@ -71,12 +61,8 @@ def _plan_by_importance(
     if infeasible:
         raise UnfitEdgesError(infeasible)
     terms = round_terms(prepared, config)
-    selections = {e: solve_greedily(edge.problem, edge.duals, edge.front, terms) for e, edge in prepared.items()}
-    solver = "greedy"
-    if config.planning.solver == "milp":
-        selections, solver = _refine_all(prepared, selections, terms, config.planning.solver_seconds)
-    problems = {edge_id: edge.problem for edge_id, edge in prepared.items()}
-    selections = with_overtime(problems, selections, config.planning.overtime)
+    selections, solver = select(prepared, terms, config.planning)
+    selections = with_overtime(prepared, selections, terms.penalty, config.planning)
     return _federation_plan(prepared, selections, terms.seconds, solver, config)
 
 
@@ -110,8 +96,7 @@ def prepare_edges(
         costs = cost_model(shape, profiles[edge_id], global_ranks, config)
         worth = dict(zip(modules, net_of_price(utility, features, ranks, price), strict=True))
         problem = build_problem(costs, config, pins.get(edge_id, PlanPin()), worth, ranks)
-        sweeps = sweep_cells(problem)
-        prepared[edge_id] = PreparedEdge(problem, [swept.duals for swept in sweeps], frontier(problem, sweeps))
+        prepared[edge_id] = prepare(problem)
     return prepared
 
 
@@ -148,22 +133,6 @@ def round_terms(prepared: Mapping[str, PreparedEdge], config: FederationConfig) 
     fronts = {edge_id: edge.front for edge_id, edge in prepared.items()}
     examples = {edge_id: edge.problem.costs.profile.num_examples for edge_id, edge in prepared.items()}
     return RoundTerms(config.planning.round_seconds or choose_deadline(fronts, examples, penalty), penalty)
-
-
-def _refine_all(
-    prepared: Mapping[str, PreparedEdge], greedy: Mapping[str, Selection], terms: RoundTerms, limit_seconds: float
-) -> tuple[dict[str, Selection], str]:
-    stop_at = time.monotonic() + limit_seconds
-    refined = {e: refine(edge.problem, edge.duals, greedy[e], terms, stop_at) for e, edge in prepared.items()}
-    gap = max(refinement.gap for refinement in refined.values())
-    late = [edge_id for edge_id, refinement in refined.items() if refinement.timed_out]
-    solver = f"milp, every edge within {gap:.2%} of the optimum"
-    if late:
-        solver = (
-            f"greedy on {len(late)} of {len(refined)} edges (from {late[0]} on), where milp ran out of "
-            f"planning.solver_seconds ({limit_seconds:g}); every edge within {gap:.2%} of the optimum"
-        )
-    return {edge_id: refinement.selection for edge_id, refinement in refined.items()}, solver
 
 
 def _federation_plan(

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpipe_core.planning_problem import Cell, EdgeProblem, IntArray, RoundTerms
-from fedpipe_core.planning_utility import FloatArray
+from fedpipe_core.planning_utility import FloatArray, worth
 
 DIRECTIONS = np.linspace(0.0, 1.0, 6)  # share of memory, against seconds, in what an item costs
 MAGNITUDES = 48  # multipliers per direction, spread over the items' efficiencies
 ROUNDING = 1e-9  # relative slack of a budget for sums of floats
-INDIFFERENCE = 1e-3  # of its utility: plans this close to the best count as equal, and the cell's preference decides
+INDIFFERENCE = 1e-3  # of its worth: plans this close to the best count as equal, and the cell's preference decides
 FILLED = 8  # most promising cells whose best selection is filled up
 
 
@@ -30,7 +30,12 @@ class Selection:
     steps: int
     choice: IntArray
     utility: float = 0.0
-    value: float = 0.0  # utility − the cell's loss − penalty·u
+    value: float = 0.0  # worth − the cell's loss − penalty·u
+
+    @property
+    def worth(self) -> float:
+        """What the utility counts for."""
+        return float(worth(self.utility))
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def _most_promising(front: Frontier, values: FloatArray) -> IntArray:
 def preferred(selections: Iterable[Selection]) -> Selection:
     """The most valuable selection; among those within `INDIFFERENCE` of it, the one its cell prefers."""
     ranked = sorted(selections, key=lambda s: -s.value)
-    equal = [s for s in ranked if s.value >= ranked[0].value - INDIFFERENCE * ranked[0].utility]
+    equal = [s for s in ranked if s.value >= ranked[0].value - INDIFFERENCE * ranked[0].worth]
     return min(equal, key=lambda s: (s.cell.preference, -s.value))
 
 
@@ -184,7 +189,7 @@ def price(problem: EdgeProblem, selection: Selection, terms: RoundTerms) -> Sele
     steps = min(cell.planned_steps, steps_by(problem, selection, terms.seconds))
     under_training = max(0.0, 1.0 - steps * cell.share_per_step)
     utility = problem.pinned_utility + float(_current(problem.utility, choice).sum())
-    value = utility - cell.loss - terms.penalty * under_training
+    value = float(worth(utility)) - cell.loss - terms.penalty * under_training
     return Selection(cell, selection.block, steps, choice, utility, value)
 
 
@@ -237,7 +242,7 @@ def _cell_frontier(problem: EdgeProblem, index: int, swept: Sweep) -> tuple[NDAr
     pair, block, utility, memory, step, upload = (np.concatenate(column) for column in zip(*parts, strict=True))
     step, fixed = step + cell.block_seconds[block], upload + cell.idle_seconds
     fitting = np.flatnonzero(cell.block_memory[block] + memory <= problem.memory_bytes)
-    value = utility + problem.pinned_utility - cell.loss
+    value = worth(utility + problem.pinned_utility) - cell.loss
     kept = fitting[_undominated((step + fixed / cell.planned_steps)[fitting], value[fitting])]
     rows = np.ones(len(kept), dtype=np.int64)
     return (

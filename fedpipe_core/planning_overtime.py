@@ -1,31 +1,76 @@
-"""Work for edges that would wait: more steps than their planned examples need, until the slowest edge is done.
+"""Work for edges that would wait: more than their planned examples, and the weights to go with it, until the last ends.
 
-What an edge learns meanwhile costs no round any time. A deadline is chosen as if there were none.
+What an edge learns meanwhile costs no round any time; a deadline is chosen as if there were none. Weights are chosen
+once more. While an edge waits, a gradient that reaches deep blocks is free; now it takes steps from what the edge can
+do. And what few edges train is worth less: with it an edge fits its own rows in weights that the others do not adapt.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from fedpipe_core.planning_greedy import Selection, slacks, steps_by
-from fedpipe_core.planning_problem import EdgeProblem
+import numpy as np
+
+from fedpipe_core.config_planning import PlanningSpec
+from fedpipe_core.planning_greedy import ROUNDING, Selection, slacks
+from fedpipe_core.planning_problem import Cell, EdgeProblem, RoundTerms
+from fedpipe_core.planning_selection import PreparedEdge, prepare, select
+from fedpipe_core.planning_utility import FloatArray
+
+PASSES = 3  # what an edge should train depends on what the others do; after two passes little changes
 
 
 def with_overtime(
-    problems: Mapping[str, EdgeProblem], selections: Mapping[str, Selection], times: float
+    prepared: Mapping[str, PreparedEdge], selections: Mapping[str, Selection], penalty: float, planning: PlanningSpec
 ) -> dict[str, Selection]:
-    """Selections with as many more steps as end before the slowest edge does, at most `times` the planned ones.
+    """Selections in which edges that would wait for the slowest do up to `planning.overtime` times what is planned.
 
-    Steps that are pinned stay, as does a single one.
+    They learn from no fewer examples than before. The penalty is that of all examples of the longer round, so one of
+    them counts for less than a planned one. A module counts by the share of all examples that lies at edges training
+    it. Steps that are pinned stay.
     """
-    if times == 1:
+    waiting = sorted(edge_id for edge_id, selection in selections.items() if _would_wait(selection))
+    if planning.overtime == 1 or not waiting:
         return dict(selections)
-    slowest_seconds = max(-slacks(problems[edge_id], found, 0.0)[1] for edge_id, found in selections.items())
-    return {e: _longer(problems[e], found, slowest_seconds, times) for e, found in selections.items()}
+    problems = {edge_id: edge.problem for edge_id, edge in prepared.items()}
+    end = max(-slacks(problems[edge_id], selection, 0.0)[1] for edge_id, selection in selections.items())
+    longer = {e: _longer_problem(problems[e], selections[e], planning.overtime) for e in waiting}
+    terms, found = RoundTerms(end, penalty), dict(selections)
+    for _ in range(PASSES):
+        discounted = {e: prepare(_discounted(longer[e], _coverage(problems, found, e))) for e in waiting}
+        found |= select(discounted, terms, planning)[0]
+    return found
 
 
-def _longer(problem: EdgeProblem, selection: Selection, round_seconds: float, times: float) -> Selection:
+def _would_wait(selection: Selection) -> bool:
     cell = selection.cell
-    if cell.least_steps == cell.planned_steps:
-        return selection
-    most = int(times * cell.planned_steps)
-    return replace(selection, steps=max(selection.steps, min(steps_by(problem, selection, round_seconds), most)))
+    return selection.steps == cell.planned_steps > cell.least_steps
+
+
+def _coverage(problems: Mapping[str, EdgeProblem], selections: Mapping[str, Selection], edge_id: str) -> FloatArray:
+    """Per module of an edge's problem the share of all examples at edges that train it, the edge among them."""
+    examples = {e: problem.costs.profile.num_examples for e, problem in problems.items()}
+    trained = {e: problem.ranks_of(selections[e].choice.tolist()) for e, problem in problems.items()}
+    held = [sum(examples[e] for e in problems if e == edge_id or m in trained[e]) for m in problems[edge_id].modules]
+    return np.array(held) / sum(examples.values())
+
+
+def _discounted(problem: EdgeProblem, share: FloatArray) -> EdgeProblem:
+    utility = problem.utility
+    return replace(problem, utility=np.where(utility >= 0, utility * share[:, None], utility))
+
+
+def _longer_problem(problem: EdgeProblem, selection: Selection, times: float) -> EdgeProblem:
+    """Up to `times` the planned steps in every cell, and no fewer than teach what the selection does."""
+    taught = selection.steps * selection.cell.share_per_step
+    cells = (_longer(cell, taught, times) for cell in problem.cells)
+    return replace(problem, cells=tuple(cell for cell in cells if cell.least_steps <= cell.planned_steps))
+
+
+def _longer(cell: Cell, taught: float, times: float) -> Cell:
+    return replace(
+        cell,
+        planned_steps=int(times * cell.planned_steps),
+        least_steps=math.ceil(taught / cell.share_per_step * (1 - ROUNDING)),
+        share_per_step=cell.share_per_step / times,
+    )

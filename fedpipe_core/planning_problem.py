@@ -24,8 +24,8 @@ IntArray = NDArray[np.int64]
 # Utility given up for a coarser base, as a share of the whole menu's: its rounding error is never trained away.
 BITS_LOSS = {32: 0.0, 16: 0.002, 8: 0.01, 4: 0.05}
 # A batch of b examples moves the model like b·noise/(b + noise) examples taken singly (gradient noise scale, arXiv
-# 1812.06162, eq. 2.6), so the same data in larger batches teaches less. With 64 the slowest edge of
-# benchmarks/time_to_accuracy.py took 6 steps of 32 examples a round and hardly learned.
+# 1812.06162, eq. 2.6), so the same data in larger batches teaches less. With 64 the slowest edge of CLINC150 by domain
+# took 6 steps of 32 examples a round and hardly learned.
 NOISE_SCALE_EXAMPLES = 16
 
 

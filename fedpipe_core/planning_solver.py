@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fedpipe_core.planning_greedy import Duals, Selection, preferred, price, step_seconds
 from fedpipe_core.planning_problem import Cell, EdgeProblem, IntArray, RoundTerms
-from fedpipe_core.planning_utility import FloatArray
+from fedpipe_core.planning_utility import FloatArray, worth
 
-TOLERANCE = 0.002  # of a plan's utility; a sub-problem that can gain less is not solved
+TOLERANCE = 0.002  # of a plan's worth; a sub-problem that can gain less is not solved
 MIP_OPTIONS = {"mip_rel_gap": 5e-4, "node_limit": 500}  # HiGHS stops there: the same place on any machine
 SOLVED = 4  # sub-problems solved per edge at most
 # Shares of all items' seconds at which the tightest multipliers are looked up; the last stands for no deadline.
@@ -34,7 +35,7 @@ class SubProblem:
 
 @dataclass(frozen=True)
 class Refinement:
-    """The plan, how far below the optimum it can be as a share of its utility, and how it was found."""
+    """The plan, how far below the optimum it can be as a share of its worth, and how it was found."""
 
     selection: Selection
     gap: float
@@ -54,7 +55,7 @@ def refine(
     found, proven = [greedy], [greedy.value]
     for sub_problem, bound in candidates[:SOLVED]:
         best = max(found, key=lambda selection: selection.value)
-        if bound <= best.value + TOLERANCE * best.utility:
+        if bound <= best.value + TOLERANCE * best.worth:
             break
         try:
             selection, proven_bound = solve(problem, sub_problem, terms, stop_at)
@@ -76,7 +77,7 @@ def bound_sub_problems(
 
     Cells that cannot exceed `least_value` are left out.
 
-    For any μ, λ ≥ 0: value ≤ Σ max(0, U − μ·bytes − λ·seconds) + μ·(memory left) + λ·(seconds left per step).
+    For any μ, λ ≥ 0: utility ≤ Σ max(0, U − μ·bytes − λ·seconds) + μ·(memory left) + λ·(seconds left per step).
     The list holds one more than can be solved, whose bound then covers all that are not in it.
     """
     ranked = []
@@ -114,8 +115,8 @@ def solve(
     taken = np.flatnonzero(result.x > 0.5)
     choice[module[taken]] = column[taken]
     start = Selection(sub_problem.cell, sub_problem.block, sub_problem.steps, choice)
-    constant = _constant(problem, sub_problem.cell, np.array(float(sub_problem.steps)), terms)
-    return [price(problem, start, terms)], float(constant) - result.mip_dual_bound
+    bound = _value(problem, sub_problem.cell, -result.mip_dual_bound, np.array(float(sub_problem.steps)), terms)
+    return [price(problem, start, terms)], float(bound)
 
 
 def _budgets(problem: EdgeProblem, sub_problem: SubProblem, terms: RoundTerms) -> FloatArray:
@@ -157,7 +158,7 @@ def _optimistic(problem: EdgeProblem, cell: Cell, terms: RoundTerms) -> float:
     """Value of a cell if every module had its largest rank at no cost."""
     steps = min(cell.planned_steps, (terms.seconds - cell.idle_seconds) / float(cell.block_seconds.min()))
     largest = problem.utility.max(axis=1, initial=0.0).sum()
-    return float(largest + _constant(problem, cell, np.array(steps), terms))
+    return float(_value(problem, cell, largest, np.array(steps), terms))
 
 
 def _bounds(problem: EdgeProblem, cell: Cell, duals: Duals, terms: RoundTerms) -> FloatArray:
@@ -174,7 +175,7 @@ def _bounds(problem: EdgeProblem, cell: Cell, duals: Duals, terms: RoundTerms) -
         tangent = at_no_seconds[tightest, np.arange(len(memory))][:, None] + slopes[tightest] * seconds
         bound = np.minimum(bound, tangent)
     fits = (memory[:, None] >= 0) & (seconds >= 0)
-    return np.where(fits, bound + _constant(problem, cell, steps, terms), -np.inf)
+    return np.where(fits, _value(problem, cell, bound, steps, terms), -np.inf)
 
 
 def _upload_factor(cell: Cell, steps: FloatArray) -> FloatArray:
@@ -184,11 +185,11 @@ def _upload_factor(cell: Cell, steps: FloatArray) -> FloatArray:
     return np.asarray((1 + ratio / steps) / (1 + ratio / cell.planned_steps))
 
 
-def _constant(problem: EdgeProblem, cell: Cell, steps: FloatArray, terms: RoundTerms) -> FloatArray:
-    """What value has besides the utility of the free modules."""
+def _value(problem: EdgeProblem, cell: Cell, utility: ArrayLike, steps: FloatArray, terms: RoundTerms) -> FloatArray:
+    """Value from the utility of the free modules; it never falls with that utility, so bounds of it bound the value."""
     under_training = np.maximum(0.0, 1.0 - steps * cell.share_per_step)
-    return np.asarray(problem.pinned_utility - cell.loss - terms.penalty * under_training)
+    return worth(np.asarray(utility) + problem.pinned_utility) - cell.loss - terms.penalty * under_training
 
 
 def _gap(bound: float, selection: Selection) -> float:
-    return max(0.0, bound - selection.value) / max(selection.utility, 1e-12)
+    return max(0.0, bound - selection.value) / max(selection.worth, 1e-12)

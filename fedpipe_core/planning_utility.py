@@ -6,12 +6,13 @@ Pure arithmetic on the profiles; what a rank costs is `costs`, which ranks are t
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fedpipe_core.profile_schemas import EdgeProfile
 
 FloatArray = NDArray[np.float64]
 OWN_SHARE = 0.5  # of an edge's utility comes from its own scores, the rest from the federation's mean
+WORTH_EXPONENT = 0.25
 LARGEST_TAIL_RATIO = 0.9  # nothing measured supports a rank beyond the probe being worth as much as the one before
 
 
@@ -40,6 +41,11 @@ def net_of_price(utility: FloatArray, features: FloatArray, ranks: Sequence[int]
     parameters = features[:, None] * np.asarray(ranks, dtype=np.float64)
     net: FloatArray = utility - price * parameters / parameters[:, -1].sum()
     return net
+
+
+def worth(utility: ArrayLike) -> FloatArray:
+    """What a whole plan's utility counts for against examples: its fourth root, so that its first part counts most."""
+    return np.maximum(np.asarray(utility, dtype=np.float64), 0.0) ** WORTH_EXPONENT
 
 
 def extend_scores(scores: Sequence[float], length: int) -> FloatArray:

@@ -15,7 +15,7 @@ from fedpipe_core.costs import CostModel, Work
 from fedpipe_core.planning_greedy import frontier, solve_greedily, sweep_cells
 from fedpipe_core.planning_problem import EdgeProblem, RoundTerms, build_problem
 from fedpipe_core.planning_solver import SubProblem, bound_sub_problems, refine, solve
-from fedpipe_core.planning_utility import edge_utilities
+from fedpipe_core.planning_utility import edge_utilities, worth
 
 RANKS = (2, 8)
 SHAPE = tiny_model(blocks=2)
@@ -51,7 +51,7 @@ def best_of_all(problem: EdgeProblem, terms: RoundTerms) -> float:
             cost = problem.costs.predict(Work(ranks, cell.batch_size, steps, cell.base_bits))
             if cost.peak_memory_bytes <= problem.memory_bytes and cost.round_seconds <= terms.seconds:
                 left_over = max(0.0, 1 - steps * cell.share_per_step)
-                best = max(best, utility - cell.loss - terms.penalty * left_over)
+                best = max(best, float(worth(utility)) - cell.loss - terms.penalty * left_over)
     return best
 
 
@@ -74,10 +74,10 @@ def test_greedy_is_at_most_milp_is_at_most_the_optimum_of_all_plans_is_at_most_t
     greedy = solve_greedily(problem, duals, front, terms)
     refined = refine(problem, duals, greedy, terms, time.monotonic() + 60)
     exact, bound = refined.selection, bound_sub_problems(problem, duals, terms)[0][1]
-    assert greedy.value <= exact.value + 1e-3 * greedy.utility  # equal plans are chosen by preference
+    assert greedy.value <= exact.value + 1e-3 * greedy.worth  # equal plans are chosen by preference
     assert exact.value <= optimum + 1e-9
     assert optimum <= bound + 1e-9
-    assert optimum <= exact.value + refined.gap * exact.utility + 1e-9
+    assert optimum <= exact.value + refined.gap * exact.worth + 1e-9
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -89,7 +89,7 @@ def test_refined_plans_are_within_one_percent_of_the_best_of_all_plans(seed):
     duals = [swept.duals for swept in sweeps]
     greedy = solve_greedily(problem, duals, frontier(problem, sweeps), terms)
     selection = refine(problem, duals, greedy, terms, time.monotonic() + 60).selection
-    assert best_of_all(problem, terms) - selection.value <= 0.01 * selection.utility
+    assert best_of_all(problem, terms) - selection.value <= 0.01 * selection.worth
 
 
 def test_a_sub_problem_is_solved_to_the_best_of_its_plans():
@@ -104,7 +104,7 @@ def test_a_sub_problem_is_solved_to_the_best_of_its_plans():
         if costs.peak_memory_bytes(work, lowest_block=0) <= 76_000 and seconds <= 0.13:
             best = max(best, sum(problem.utility[m, column] for m, column in enumerate(choice) if column >= 0))
     assert 0 < selection.utility == pytest.approx(best)
-    assert bound >= best - cell.loss - (1 - 6 / EXAMPLES) - 1e-9
+    assert bound >= float(worth(best)) - cell.loss - (1 - 6 / EXAMPLES) - 1e-9
 
 
 def test_a_sub_problem_without_a_solution_has_none():
