@@ -64,8 +64,9 @@ def adalora_scores(base: nn.Module, batches: Batches, rank: int, seed: int) -> S
 
 
 def gradient_spectrum_scores(base: nn.Module, batches: Batches, rank: int, seed: int) -> Scores:
-    """Squared singular values of each frozen weight's mean gradient G: to first order, what rank i can lower the loss.
+    """Singular values of each frozen weight's mean gradient G: to first order, what a change of norm 1 along i gains.
 
+    Plain gradient descent would gain σ_i²; steps of AdamW are as large in a direction of small gradients.
     G (out, in) is never stored: two sketches Y = G·Ω and Z = Ψ·G of width 2·rank are summed over the batches, and
     G ≈ Y (ΨY)⁺ Z (single-pass range finder, Tropp et al., arXiv 1609.00048, algorithm 4).
     """
