@@ -142,11 +142,6 @@ def simulate(config: FederationConfig, setting: Setting) -> Run:
     }
 
 
-def time_to(run: Run, metric: str, target: float) -> float | None:
-    """Simulated seconds until a round's metric reaches the target; None when no round does."""
-    return next((found["clock"] for found in run["rounds"] if found[metric] >= target), None)
-
-
 def spread(run: Run) -> float:
     """Median over rounds of (last edge to finish − first) / last."""
     edges = [found["edge_seconds"].values() for found in run["rounds"]]

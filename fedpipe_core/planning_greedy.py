@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fedpipe_core.planning_problem import Cell, EdgeProblem, IntArray, RoundTerms
 from fedpipe_core.planning_utility import FloatArray, worth
@@ -187,10 +187,14 @@ def price(problem: EdgeProblem, selection: Selection, terms: RoundTerms) -> Sele
     """The selection with all the steps that fit, its utility and its value."""
     cell, choice = selection.cell, selection.choice
     steps = min(cell.planned_steps, steps_by(problem, selection, terms.seconds))
-    under_training = max(0.0, 1.0 - steps * cell.share_per_step)
     utility = problem.pinned_utility + float(_current(problem.utility, choice).sum())
-    value = float(worth(utility)) - cell.loss - terms.penalty * under_training
-    return Selection(cell, selection.block, steps, choice, utility, value)
+    return Selection(cell, selection.block, steps, choice, utility, float(value_of(cell, utility, steps, terms)))
+
+
+def value_of(cell: Cell, utility: ArrayLike, steps: ArrayLike, terms: RoundTerms) -> FloatArray:
+    """Worth of a utility − the cell's loss − penalty·u after that many steps; it never falls with the utility."""
+    under_training = np.maximum(0.0, 1.0 - np.asarray(steps) * cell.share_per_step)
+    return worth(utility) - cell.loss - terms.penalty * under_training
 
 
 def _current(table: FloatArray, choice: IntArray) -> FloatArray:

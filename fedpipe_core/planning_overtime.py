@@ -6,7 +6,8 @@ do. And what few edges train is worth less: with it an edge fits its own rows in
 """
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -37,7 +38,8 @@ def with_overtime(
     longer = {e: _longer_problem(problems[e], selections[e], planning.overtime) for e in waiting}
     terms, found = RoundTerms(end, penalty), dict(selections)
     for _ in range(PASSES):
-        discounted = {e: prepare(_discounted(longer[e], _coverage(problems, found, e))) for e in waiting}
+        shares = _coverage(problems, found, waiting)
+        discounted = {e: prepare(_discounted(longer[e], shares[e])) for e in waiting}
         found |= select(discounted, terms, planning)[0]
     return found
 
@@ -47,12 +49,20 @@ def _would_wait(selection: Selection) -> bool:
     return selection.steps == cell.planned_steps > cell.least_steps
 
 
-def _coverage(problems: Mapping[str, EdgeProblem], selections: Mapping[str, Selection], edge_id: str) -> FloatArray:
-    """Per module of an edge's problem the share of all examples at edges that train it, the edge among them."""
+def _coverage(
+    problems: Mapping[str, EdgeProblem], selections: Mapping[str, Selection], waiting: Sequence[str]
+) -> dict[str, FloatArray]:
+    """Per waiting edge and module the share of all examples at edges that train it, the edge itself among them."""
     examples = {e: problem.costs.profile.num_examples for e, problem in problems.items()}
     trained = {e: problem.ranks_of(selections[e].choice.tolist()) for e, problem in problems.items()}
-    held = [sum(examples[e] for e in problems if e == edge_id or m in trained[e]) for m in problems[edge_id].modules]
-    return np.array(held) / sum(examples.values())
+    held = Counter[str]()
+    for edge_id, ranks in trained.items():
+        held.update(dict.fromkeys(ranks, examples[edge_id]))
+    total = sum(examples.values())
+    return {
+        e: np.array([held[m] + (0 if m in trained[e] else examples[e]) for m in problems[e].modules]) / total
+        for e in waiting
+    }
 
 
 def _discounted(problem: EdgeProblem, share: FloatArray) -> EdgeProblem:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from fedpipe_core.planning_greedy import Duals, Selection, preferred, price, step_seconds
+from fedpipe_core.planning_greedy import Duals, Selection, preferred, price, step_seconds, value_of
 from fedpipe_core.planning_problem import Cell, EdgeProblem, IntArray, RoundTerms
-from fedpipe_core.planning_utility import FloatArray, worth
+from fedpipe_core.planning_utility import FloatArray
 
 TOLERANCE = 0.002  # of a plan's worth; a sub-problem that can gain less is not solved
 MIP_OPTIONS = {"mip_rel_gap": 5e-4, "node_limit": 500}  # HiGHS stops there: the same place on any machine
@@ -115,7 +114,7 @@ def solve(
     taken = np.flatnonzero(result.x > 0.5)
     choice[module[taken]] = column[taken]
     start = Selection(sub_problem.cell, sub_problem.block, sub_problem.steps, choice)
-    bound = _value(problem, sub_problem.cell, -result.mip_dual_bound, np.array(float(sub_problem.steps)), terms)
+    bound = value_of(sub_problem.cell, problem.pinned_utility - result.mip_dual_bound, sub_problem.steps, terms)
     return [price(problem, start, terms)], float(bound)
 
 
@@ -158,7 +157,7 @@ def _optimistic(problem: EdgeProblem, cell: Cell, terms: RoundTerms) -> float:
     """Value of a cell if every module had its largest rank at no cost."""
     steps = min(cell.planned_steps, (terms.seconds - cell.idle_seconds) / float(cell.block_seconds.min()))
     largest = problem.utility.max(axis=1, initial=0.0).sum()
-    return float(_value(problem, cell, largest, np.array(steps), terms))
+    return float(value_of(cell, problem.pinned_utility + largest, steps, terms))
 
 
 def _bounds(problem: EdgeProblem, cell: Cell, duals: Duals, terms: RoundTerms) -> FloatArray:
@@ -175,7 +174,7 @@ def _bounds(problem: EdgeProblem, cell: Cell, duals: Duals, terms: RoundTerms) -
         tangent = at_no_seconds[tightest, np.arange(len(memory))][:, None] + slopes[tightest] * seconds
         bound = np.minimum(bound, tangent)
     fits = (memory[:, None] >= 0) & (seconds >= 0)
-    return np.where(fits, _value(problem, cell, bound, steps, terms), -np.inf)
+    return np.where(fits, value_of(cell, problem.pinned_utility + bound, steps, terms), -np.inf)
 
 
 def _upload_factor(cell: Cell, steps: FloatArray) -> FloatArray:
@@ -183,12 +182,6 @@ def _upload_factor(cell: Cell, steps: FloatArray) -> FloatArray:
     ratio = (cell.item_upload_seconds / np.maximum(cell.item_seconds, 1e-15)).min(initial=np.inf)
     ratio = 0.0 if np.isinf(ratio) else ratio
     return np.asarray((1 + ratio / steps) / (1 + ratio / cell.planned_steps))
-
-
-def _value(problem: EdgeProblem, cell: Cell, utility: ArrayLike, steps: FloatArray, terms: RoundTerms) -> FloatArray:
-    """Value from the utility of the free modules; it never falls with that utility, so bounds of it bound the value."""
-    under_training = np.maximum(0.0, 1.0 - steps * cell.share_per_step)
-    return worth(np.asarray(utility) + problem.pinned_utility) - cell.loss - terms.penalty * under_training
 
 
 def _gap(bound: float, selection: Selection) -> float:
