@@ -23,9 +23,11 @@ REFERENCE = "reference"  # homogeneous edges that get the whole time, as heterog
 TARGET_SHARE = 0.95
 FEDADAPTER, FULL = "fedadapter", "full"
 TUNED = "domain"  # the partition whose runs choose a method's rate in a setting
-# FedPipe sends updates and global adapter in 4 bits, and edges that would wait make up to four times the steps.
+# FedPipe sends updates and global adapter in 4 bits; edges that would wait make up to four times the steps; and an edge
+# that does not train a module votes for leaving it, as the planner's discount for what few edges train assumes.
 OURS: dict[str, Any] = {
     **VARIANTS[FEDPIPE],
+    "aggregation.weighting": "all",
     "exchange.dtype": "nf4",
     "exchange.global_dtype": "nf4",
     "planning.overtime": 4.0,
@@ -42,6 +44,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     **{f"rule {rule}": {**OURS, "aggregation.rule": rule} for rule in RULES},
     "same rate at every edge": {**OURS, "training.rate_steps": None},
     "no overtime": {**OURS, "planning.overtime": 1.0},
+    "modules weighed by who trains them": {**OURS, "aggregation.weighting": "trained"},
     "global adapter in 8 bits": {**OURS, "exchange.global_dtype": "int8"},
     "16 bits on the wire": {**OURS, "exchange.dtype": "bf16", "exchange.global_dtype": "bf16"},
     "fedlora, 4 bits on the wire": {**VARIANTS[FEDLORA], "exchange.dtype": "nf4", "exchange.global_dtype": "nf4"},
