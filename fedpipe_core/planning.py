@@ -9,6 +9,7 @@ long a round lasts, `planning_selection` finds each edge's selection by `plannin
 The same profiles and config give the same plan, byte for byte.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -25,9 +26,9 @@ from fedpipe_core.planning_checks import check_menu, check_pin, check_profile
 from fedpipe_core.planning_deadline import choose_deadline, shortest_round
 from fedpipe_core.planning_greedy import Selection
 from fedpipe_core.planning_infeasible import explain_memory, explain_seconds
-from fedpipe_core.planning_overtime import with_overtime
+from fedpipe_core.planning_overtime import in_overtime
 from fedpipe_core.planning_problem import EdgeProblem, RoundTerms, adaptable_modules, build_problem, cost_model
-from fedpipe_core.planning_selection import PreparedEdge, prepare, select
+from fedpipe_core.planning_selection import PreparedEdge, how_found, prepare, select
 from fedpipe_core.planning_uniform import plan_uniformly, unfit_edges
 from fedpipe_core.planning_utility import edge_utilities, net_of_price
 from fedpipe_core.profile_schemas import EdgeProfile, ModelShape
@@ -61,9 +62,11 @@ def _plan_by_importance(
     if infeasible:
         raise UnfitEdgesError(infeasible)
     terms = round_terms(prepared, config)
-    selections, solver = select(prepared, terms, config.planning)
-    selections = with_overtime(prepared, selections, terms.penalty, config.planning)
-    return _federation_plan(prepared, selections, terms.seconds, solver, config)
+    stop_at = time.monotonic() + config.planning.solver_seconds
+    found = select(prepared, terms, config.planning.solver, stop_at)
+    found |= in_overtime(prepared, found, terms.penalty, config.planning, stop_at)
+    selections = {edge_id: refinement.selection for edge_id, refinement in found.items()}
+    return _federation_plan(prepared, selections, terms.seconds, how_found(found, config.planning), config)
 
 
 def infeasible_edges(

@@ -16,32 +16,39 @@ from fedpipe_core.config_planning import PlanningSpec
 from fedpipe_core.planning_greedy import ROUNDING, Selection, slacks
 from fedpipe_core.planning_problem import Cell, EdgeProblem, RoundTerms
 from fedpipe_core.planning_selection import PreparedEdge, prepare, select
+from fedpipe_core.planning_solver import Refinement
 from fedpipe_core.planning_utility import FloatArray
 
 PASSES = 3  # what an edge should train depends on what the others do; after two passes little changes
 
 
-def with_overtime(
-    prepared: Mapping[str, PreparedEdge], selections: Mapping[str, Selection], penalty: float, planning: PlanningSpec
-) -> dict[str, Selection]:
-    """Selections in which edges that would wait for the slowest do up to `planning.overtime` times what is planned.
+def in_overtime(
+    prepared: Mapping[str, PreparedEdge],
+    found: Mapping[str, Refinement],
+    penalty: float,
+    planning: PlanningSpec,
+    stop_at: float,
+) -> dict[str, Refinement]:
+    """What edges that would wait for the slowest do instead: up to `planning.overtime` times what is planned.
 
     They learn from no fewer examples than before. The penalty is that of all examples of the longer round, so one of
     them counts for less than a planned one. A module counts by the share of all examples that lies at edges training
     it. Steps that are pinned stay.
     """
+    selections = {edge_id: refinement.selection for edge_id, refinement in found.items()}
     waiting = sorted(edge_id for edge_id, selection in selections.items() if _would_wait(selection))
     if planning.overtime == 1 or not waiting:
-        return dict(selections)
+        return {}
     problems = {edge_id: edge.problem for edge_id, edge in prepared.items()}
     end = max(-slacks(problems[edge_id], selection, 0.0)[1] for edge_id, selection in selections.items())
     longer = {e: _longer_problem(problems[e], selections[e], planning.overtime) for e in waiting}
-    terms, found = RoundTerms(end, penalty), dict(selections)
+    longer_found: dict[str, Refinement] = {}
     for _ in range(PASSES):
-        shares = _coverage(problems, found, waiting)
+        shares = _coverage(problems, selections, waiting)
         discounted = {e: prepare(_discounted(longer[e], shares[e])) for e in waiting}
-        found |= select(discounted, terms, planning)[0]
-    return found
+        longer_found = select(discounted, RoundTerms(end, penalty), planning.solver, stop_at)
+        selections |= {edge_id: refinement.selection for edge_id, refinement in longer_found.items()}
+    return longer_found
 
 
 def _would_wait(selection: Selection) -> bool:

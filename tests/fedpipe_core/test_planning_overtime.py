@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 from planning_cases import GIB, make_config, make_profile, small_encoder, throttled
 
 from fedpipe_core.plan_schemas import FederationPlan
-from fedpipe_core.planning import plan_federation
+from fedpipe_core.planning import plan_federation, prepare_edges, round_terms
+from fedpipe_core.planning_overtime import in_overtime
+from fedpipe_core.planning_selection import how_found, select
+from fedpipe_core.profile_schemas import EdgeProfile
 
 ENCODER = small_encoder()
 PLANNED = 160
@@ -18,12 +21,17 @@ def lowest_block(plan: FederationPlan, edge_id: str) -> int:
     return min(ENCODER.modules[name].layer for name in plan.edges[edge_id].ranks)
 
 
-def plans(speeds: list[float], overtime: float, pins: dict[str, int] | None = None) -> FederationPlan:
-    """The plan of edges that are so many times slower than the first."""
-    profiles = {
+def profiles_of(speeds: list[float]) -> dict[str, EdgeProfile]:
+    """Edges that are so many times slower than the first."""
+    return {
         f"edge-{i:02}": throttled(make_profile(ENCODER, f"edge-{i:02}", seed=i), speed)
         for i, speed in enumerate(speeds)
     }
+
+
+def plans(speeds: list[float], overtime: float, pins: dict[str, int] | None = None) -> FederationPlan:
+    """The plan of edges that are so many times slower than the first."""
+    profiles = profiles_of(speeds)
     config = make_config(list(profiles), planning={"overtime": overtime}, training={"examples_per_round": PLANNED})
     edges = tuple(
         edge.model_copy(update={"pin": edge.pin.model_copy(update={"local_steps": (pins or {}).get(edge.edge_id)})})
@@ -68,3 +76,14 @@ def test_pinned_steps_stay():
     plan = plans([1.0, 1.0, 8.0], 2.0, pins={"edge-00": 3})
     assert plan.edges["edge-00"].local_steps == 3
     assert plan.edges["edge-01"].local_steps > PLANNED / plan.edges["edge-01"].batch_size
+
+
+def test_a_solver_that_runs_out_of_time_in_overtime_is_told():
+    profiles = profiles_of([1.0, 3.0, 1.0])
+    config = make_config(list(profiles), planning={"overtime": 4.0}, training={"examples_per_round": PLANNED})
+    prepared = prepare_edges(ENCODER, profiles, config)
+    terms = round_terms(prepared, config)
+    found = select(prepared, terms, "milp", stop_at=math.inf)
+    late = in_overtime(prepared, found, terms.penalty, config.planning, stop_at=0.0)
+    assert how_found(found, config.planning).startswith("milp, every edge within")
+    assert how_found(found | late, config.planning).startswith("greedy on 2 of 3 edges (from edge-00 on)")
