@@ -58,7 +58,9 @@ class AggregationSpec(Spec):
 
     rule: AggregationRule = Field("delta_svd", description="Aggregation rule")
     weighting: Literal["trained", "all"] = Field(
-        "trained", description="Weights by examples over the edges that trained a module, or over all participants"
+        "trained",
+        description="Weights by examples over the edges that `trained` a module, or over `all`, where one that did not "
+        "train it votes for leaving it as it is: slower, and steadier where edges hold labels of their own",
     )
     center: Literal["mean", "trimmed_mean", "geometric_median"] = Field(
         "mean",
