@@ -1,6 +1,6 @@
 """The claims on public data: FedPipe beside full fine-tuning, uniform LoRA and FedAdapter, at equal simulated time.
 
-Run `python benchmarks/evidence.py [--task NAME ...] [--part main|spread|edges|ablations] [--setting NAME ...]
+Run `python benchmarks/evidence.py [--task NAME ...] [--part main|rates|spread|edges|ablations] [--setting NAME ...]
 [--partition NAME ...] [--seeds N] [--results FOLDER] [--json]`. The protocol is docs/evidence.md. Every run is kept
 under `benchmarks/results/evidence-TASK.json` as soon as it is done, so a set that was stopped goes on where it was, and
 a second call only prints; pictures lie in `.fedpipe`. `--reduced` is what `make evidence` runs: all but the lowest
@@ -18,7 +18,7 @@ from common import Check, finish, parser
 from evidence_cases import HETEROGENEOUS, SETTINGS, TUNED, Task, read_task
 from evidence_checks import ablation_checks, checks, lead_checks
 from evidence_plots import draw
-from evidence_rows import Bench, Row, main_rows, sweep_rows
+from evidence_rows import Bench, Row, main_rows, rate_rows, sweep_rows
 from evidence_table import table
 from federations import FOLDER, Results
 
@@ -46,7 +46,7 @@ def sections(options: argparse.Namespace, kept_only: bool = False) -> Iterator[S
         file = None if options.quick else options.results / f"evidence-{task.name}.json"
         bench = Bench(task, Results(file), kept_only)
         if options.part != "main":
-            rows = sweep_rows(bench, options.part)
+            rows = rate_rows(bench) if options.part == "rates" else sweep_rows(bench, options.part)
             found = {"spread": lead_checks, "ablations": ablation_checks}.get(options.part)
             yield Section(bench, rows, found(rows) if found else [])
             continue
@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line asks for."""
     options = parser(__doc__)
     options.add_argument("--task", nargs="+", default=[], help="names or files of tasks; all, or clinc150 when reduced")
-    options.add_argument("--part", choices=("main", "spread", "edges", "ablations"), default="main")
+    options.add_argument("--part", choices=("main", "rates", "spread", "edges", "ablations"), default="main")
     options.add_argument("--seeds", type=int, help=f"number of seeds of the main part: {SEEDS}, or 1 of a reduced set")
     options.add_argument("--setting", nargs="+", choices=SETTINGS, default=[], help="of the main part; both by default")
     options.add_argument("--partition", nargs="+", default=[], help="of the main part; all of a task when left out")

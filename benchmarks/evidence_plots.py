@@ -10,10 +10,10 @@ from evidence_rows import Bench, Row, moved_mib
 
 
 def draw(bench: Bench, part: str, rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write a picture per setting and partition, or one of a sweep, and say where. Ablations have none."""
+    """Write a picture per setting and partition, or one of a sweep, and say where. Other parts have none."""
     if part == "main":
         return [_curves(bench, rows, place, folder) for place in _places(rows)]
-    return [] if part == "ablations" else [_sweep(bench, part, rows, folder)]
+    return [_sweep(bench, part, rows, folder)] if part in {"spread", "edges"} else []
 
 
 def _curves(bench: Bench, rows: Sequence[Row], place: str, folder: Path) -> Path:

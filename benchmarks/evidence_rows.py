@@ -178,6 +178,18 @@ def main_rows(bench: Bench, settings: Sequence[str], partitions: Sequence[str], 
     return rows
 
 
+def rate_rows(bench: Bench) -> list[Row]:
+    """Every method with every rate of the grid, one seed, by domain on unequal edges, and which it takes."""
+    target, rows = bench.target(TUNED), []
+    for method in METHODS:
+        case = Case(HETEROGENEOUS, TUNED, method, bench.task.rates[0])
+        best = bench.best_rate(case)
+        for rate in bench.task.rates:
+            place = "chosen" if rate == best else "not chosen"
+            rows.append(bench.row(place, replace(case, rate=rate), 1, target))
+    return rows
+
+
 def sweep_rows(bench: Bench, part: str) -> list[Row]:
     """One seed over the spread of speeds, the number of edges, or FedPipe's parts; rates are those of the main part.
 
