@@ -200,8 +200,9 @@ def sweep_rows(bench: Bench, part: str) -> list[Row]:
     target = bench.target(partition)
     rates = {method: bench.best_rate(replace(base, method=method)) for method in SWEPT}
     if part == "ablations":
-        cases = [("whole", base), *(("without", replace(base, method=name)) for name in ABLATIONS)]
-        return [bench.row(where, replace(case, rate=rates[FEDPIPE]), 1, target) for where, case in cases]
+        whole = bench.row("whole", replace(base, rate=rates[FEDPIPE]), 1, target)
+        tuned = {name: rates[changes.get("method", FEDPIPE)] for name, changes in ABLATIONS.items()}
+        return [whole, *(bench.row("without", replace(base, method=m, rate=r), 1, target) for m, r in tuned.items())]
     places = (
         [(f"speeds 1 to {s:g}", replace(base, slowest=s)) for s in SPREADS]
         if part == "spread"
