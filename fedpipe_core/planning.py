@@ -26,9 +26,10 @@ from fedpipe_core.planning_checks import check_menu, check_pin, check_profile
 from fedpipe_core.planning_deadline import choose_deadline, shortest_round
 from fedpipe_core.planning_greedy import Selection
 from fedpipe_core.planning_infeasible import explain_memory, explain_seconds
-from fedpipe_core.planning_overtime import in_overtime
+from fedpipe_core.planning_overtime import with_overtime
 from fedpipe_core.planning_problem import EdgeProblem, RoundTerms, adaptable_modules, build_problem, cost_model
 from fedpipe_core.planning_selection import PreparedEdge, how_found, prepare, select
+from fedpipe_core.planning_solver import Refinement
 from fedpipe_core.planning_uniform import plan_uniformly, unfit_edges
 from fedpipe_core.planning_utility import edge_utilities, net_of_price
 from fedpipe_core.profile_schemas import EdgeProfile, ModelShape
@@ -64,9 +65,8 @@ def _plan_by_importance(
     terms = round_terms(prepared, config)
     stop_at = time.monotonic() + config.planning.solver_seconds
     found = select(prepared, terms, config.planning.solver, stop_at)
-    found |= in_overtime(prepared, found, terms.penalty, config.planning, stop_at)
-    selections = {edge_id: refinement.selection for edge_id, refinement in found.items()}
-    return _federation_plan(prepared, selections, terms.seconds, how_found(found, config.planning), config)
+    found = with_overtime(prepared, found, terms.penalty, config.planning, stop_at)
+    return _federation_plan(prepared, found, terms.seconds, config)
 
 
 def infeasible_edges(
@@ -139,19 +139,17 @@ def round_terms(prepared: Mapping[str, PreparedEdge], config: FederationConfig) 
 
 
 def _federation_plan(
-    prepared: Mapping[str, PreparedEdge],
-    selections: Mapping[str, Selection],
-    seconds: float,
-    solver: str,
-    config: FederationConfig,
+    prepared: Mapping[str, PreparedEdge], found: Mapping[str, Refinement], seconds: float, config: FederationConfig
 ) -> FederationPlan:
     """Price the selections with the global adapter they lead to; a chosen deadline ends with the slowest edge."""
+    selections = {edge_id: refinement.selection for edge_id, refinement in found.items()}
     ranks = {e: edge.problem.ranks_of(selections[e].choice.tolist()) for e, edge in prepared.items()}
     global_ranks = reached_global_ranks(next(iter(prepared.values())).problem.costs.shape, ranks, config)
     edges = {
         e: _edge_plan(edge.problem, selections[e], ranks[e], global_ranks, seconds) for e, edge in prepared.items()
     }
     slowest = max(plan.predicted.round_seconds for plan in edges.values())
+    solver = how_found(found, config.planning)
     return FederationPlan(round_seconds=config.planning.round_seconds or slowest, solver=solver, edges=edges)
 
 

@@ -22,33 +22,31 @@ from fedpipe_core.planning_utility import FloatArray
 PASSES = 3  # what an edge should train depends on what the others do; after two passes little changes
 
 
-def in_overtime(
+def with_overtime(
     prepared: Mapping[str, PreparedEdge],
     found: Mapping[str, Refinement],
     penalty: float,
     planning: PlanningSpec,
     stop_at: float,
 ) -> dict[str, Refinement]:
-    """What edges that would wait for the slowest do instead: up to `planning.overtime` times what is planned.
+    """Edges that would wait for the slowest do up to `planning.overtime` times what is planned; the others stay.
 
     They learn from no fewer examples than before. The penalty is that of all examples of the longer round, so one of
     them counts for less than a planned one. A module counts by the share of all examples that lies at edges training
     it. Steps that are pinned stay.
     """
-    selections = {edge_id: refinement.selection for edge_id, refinement in found.items()}
-    waiting = sorted(edge_id for edge_id, selection in selections.items() if _would_wait(selection))
+    found = dict(found)
+    waiting = sorted(edge_id for edge_id, refinement in found.items() if _would_wait(refinement.selection))
     if planning.overtime == 1 or not waiting:
-        return {}
+        return found
     problems = {edge_id: edge.problem for edge_id, edge in prepared.items()}
-    end = max(-slacks(problems[edge_id], selection, 0.0)[1] for edge_id, selection in selections.items())
-    longer = {e: _longer_problem(problems[e], selections[e], planning.overtime) for e in waiting}
-    longer_found: dict[str, Refinement] = {}
+    end = max(-slacks(problems[e], refinement.selection, 0.0)[1] for e, refinement in found.items())
+    longer = {e: _longer_problem(problems[e], found[e].selection, planning.overtime) for e in waiting}
     for _ in range(PASSES):
-        shares = _coverage(problems, selections, waiting)
+        shares = _coverage(problems, found, waiting)
         discounted = {e: prepare(_discounted(longer[e], shares[e])) for e in waiting}
-        longer_found = select(discounted, RoundTerms(end, penalty), planning.solver, stop_at)
-        selections |= {edge_id: refinement.selection for edge_id, refinement in longer_found.items()}
-    return longer_found
+        found |= select(discounted, RoundTerms(end, penalty), planning.solver, stop_at)
+    return found
 
 
 def _would_wait(selection: Selection) -> bool:
@@ -57,11 +55,11 @@ def _would_wait(selection: Selection) -> bool:
 
 
 def _coverage(
-    problems: Mapping[str, EdgeProblem], selections: Mapping[str, Selection], waiting: Sequence[str]
+    problems: Mapping[str, EdgeProblem], found: Mapping[str, Refinement], waiting: Sequence[str]
 ) -> dict[str, FloatArray]:
     """Per waiting edge and module the share of all examples at edges that train it, the edge itself among them."""
     examples = {e: problem.costs.profile.num_examples for e, problem in problems.items()}
-    trained = {e: problem.ranks_of(selections[e].choice.tolist()) for e, problem in problems.items()}
+    trained = {e: problem.ranks_of(found[e].selection.choice.tolist()) for e, problem in problems.items()}
     held = Counter[str]()
     for edge_id, ranks in trained.items():
         held.update(dict.fromkeys(ranks, examples[edge_id]))

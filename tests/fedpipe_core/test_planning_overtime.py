@@ -8,7 +8,7 @@ from planning_cases import GIB, make_config, make_profile, small_encoder, thrott
 
 from fedpipe_core.plan_schemas import FederationPlan
 from fedpipe_core.planning import plan_federation, prepare_edges, round_terms
-from fedpipe_core.planning_overtime import in_overtime
+from fedpipe_core.planning_overtime import with_overtime
 from fedpipe_core.planning_selection import how_found, select
 from fedpipe_core.profile_schemas import EdgeProfile
 
@@ -84,6 +84,6 @@ def test_a_solver_that_runs_out_of_time_in_overtime_is_told():
     prepared = prepare_edges(ENCODER, profiles, config)
     terms = round_terms(prepared, config)
     found = select(prepared, terms, "milp", stop_at=math.inf)
-    late = in_overtime(prepared, found, terms.penalty, config.planning, stop_at=0.0)
+    late = with_overtime(prepared, found, terms.penalty, config.planning, stop_at=0.0)
     assert how_found(found, config.planning).startswith("milp, every edge within")
-    assert how_found(found | late, config.planning).startswith("greedy on 2 of 3 edges (from edge-00 on)")
+    assert how_found(late, config.planning).startswith("greedy on 2 of 3 edges (from edge-00 on)")
