@@ -9,7 +9,7 @@ seed. `--quick` keeps nothing.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from common import Check, finish, parser
 from evidence_cases import HETEROGENEOUS, SETTINGS, TUNED, Task, read_task
 from evidence_checks import ablation_checks, checks, lead_checks
 from evidence_plots import draw
-from evidence_rows import Bench, Row, main_rows, rate_rows, sweep_rows
+from evidence_rows import Bench, Row, ablation_rows, edge_rows, main_rows, rate_rows, spread_rows
 from evidence_table import table
 from federations import FOLDER, Results
 
@@ -26,6 +26,12 @@ QUICK = {"budget_seconds": 12.0, "rates": (0.004,)}
 QUICK_CHANGES = {"training.examples_per_round": 16, "evaluation.examples_per_round": 40}
 TASKS = ("clinc150", "snips", "e2e")
 SEEDS = 3
+PARTS: dict[str, tuple[Callable[[Bench], list[Row]], Callable[[Sequence[Row]], list[Check]]]] = {
+    "rates": (rate_rows, lambda rows: []),
+    "spread": (spread_rows, lead_checks),
+    "edges": (edge_rows, lambda rows: []),
+    "ablations": (ablation_rows, ablation_checks),
+}  # beside the main part: their rows, and the verdicts over them
 PICTURES = Path(".fedpipe")
 
 
@@ -40,20 +46,25 @@ class Section:
 
 def sections(options: argparse.Namespace, kept_only: bool = False) -> Iterator[Section]:
     """Every task's rows and checks. With `kept_only` a run that is not kept is a LookupError and not made."""
-    small = options.quick or options.reduced
-    for name in options.task or (["clinc150"] if small else TASKS):
+    for name in options.task or (["clinc150"] if options.quick or options.reduced else TASKS):
         task = _sized(read_task(name), options)
         file = None if options.quick else options.results / f"evidence-{task.name}.json"
         bench = Bench(task, Results(file), kept_only)
-        if options.part != "main":
-            rows = rate_rows(bench) if options.part == "rates" else sweep_rows(bench, options.part)
-            found = {"spread": lead_checks, "ablations": ablation_checks}.get(options.part)
-            yield Section(bench, rows, found(rows) if found else [])
-            continue
-        settings = options.setting or ([HETEROGENEOUS] if small else list(SETTINGS))
-        partitions = options.partition or ([TUNED] if small else list(task.partitions))
-        rows = main_rows(bench, settings, partitions, options.seeds or (1 if small else SEEDS))
-        yield Section(bench, rows, checks(task, rows))
+        if options.part == "main":
+            rows = _main_rows(bench, options)
+            found = checks(task, rows)
+        else:
+            make_rows, verdicts = PARTS[options.part]
+            rows = make_rows(bench)
+            found = verdicts(rows)
+        yield Section(bench, rows, found)
+
+
+def _main_rows(bench: Bench, options: argparse.Namespace) -> list[Row]:
+    small = options.quick or options.reduced
+    settings = options.setting or ([HETEROGENEOUS] if small else list(SETTINGS))
+    partitions = options.partition or ([TUNED] if small else list(bench.task.partitions))
+    return main_rows(bench, settings, partitions, options.seeds or (1 if small else SEEDS))
 
 
 def _sized(task: Task, options: argparse.Namespace) -> Task:
@@ -66,7 +77,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line asks for."""
     options = parser(__doc__)
     options.add_argument("--task", nargs="+", default=[], help="names or files of tasks; all, or clinc150 when reduced")
-    options.add_argument("--part", choices=("main", "rates", "spread", "edges", "ablations"), default="main")
+    options.add_argument("--part", choices=("main", *PARTS), default="main")
     options.add_argument("--seeds", type=int, help=f"number of seeds of the main part: {SEEDS}, or 1 of a reduced set")
     options.add_argument("--setting", nargs="+", choices=SETTINGS, default=[], help="of the main part; both by default")
     options.add_argument("--partition", nargs="+", default=[], help="of the main part; all of a task when left out")

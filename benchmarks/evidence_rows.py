@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
+from typing import Any
 
 from evidence_cases import (
     ABLATIONS,
@@ -190,22 +191,35 @@ def rate_rows(bench: Bench) -> list[Row]:
     return rows
 
 
-def sweep_rows(bench: Bench, part: str) -> list[Row]:
-    """One seed over the spread of speeds, the number of edges, or FedPipe's parts; rates are those of the main part.
+def spread_rows(bench: Bench) -> list[Row]:
+    """The two that train low-rank adapters, one seed, with slowest edges of several speeds."""
+    return _swept_rows(bench, TUNED, [(f"speeds 1 to {slowest:g}", {"slowest": slowest}) for slowest in SPREADS])
 
-    Swept are the two that train low-rank adapters.
-    """
-    partition = "dirichlet" if part == "edges" else TUNED
+
+def edge_rows(bench: Bench) -> list[Row]:
+    """The two that train low-rank adapters, one seed, with several numbers of edges."""
+    return _swept_rows(bench, "dirichlet", [(f"{count} edges", {"edges": count}) for count in EDGE_COUNTS])
+
+
+def _swept_rows(bench: Bench, partition: str, places: Sequence[tuple[str, dict[str, Any]]]) -> list[Row]:
     base = Case(HETEROGENEOUS, partition, FEDPIPE, bench.task.rates[0])
-    target = bench.target(partition)
-    rates = {method: bench.best_rate(replace(base, method=method)) for method in SWEPT}
-    if part == "ablations":
-        whole = bench.row("whole", replace(base, rate=rates[FEDPIPE]), 1, target)
-        tuned = {name: rates[changes.get("method", FEDPIPE)] for name, changes in ABLATIONS.items()}
-        return [whole, *(bench.row("without", replace(base, method=m, rate=r), 1, target) for m, r in tuned.items())]
-    places = (
-        [(f"speeds 1 to {s:g}", replace(base, slowest=s)) for s in SPREADS]
-        if part == "spread"
-        else [(f"{count} edges", replace(base, edges=count)) for count in EDGE_COUNTS]
-    )
-    return [bench.row(p, replace(c, method=m, rate=rates[m]), 1, target) for p, c in places for m in SWEPT]
+    target, rates = bench.target(partition), _swept_rates(bench)
+    return [
+        bench.row(place, replace(base, method=method, rate=rates[method], **changes), 1, target)
+        for place, changes in places
+        for method in SWEPT
+    ]
+
+
+def ablation_rows(bench: Bench) -> list[Row]:
+    """FedPipe by domain on unequal edges, one seed, and the same with one part changed at a time."""
+    base = Case(HETEROGENEOUS, TUNED, FEDPIPE, bench.task.rates[0])
+    target, rates = bench.target(TUNED), _swept_rates(bench)
+    whole = bench.row("whole", replace(base, rate=rates[FEDPIPE]), 1, target)
+    tuned = {name: rates[changes.get("method", FEDPIPE)] for name, changes in ABLATIONS.items()}
+    return [whole, *(bench.row("without", replace(base, method=m, rate=r), 1, target) for m, r in tuned.items())]
+
+
+def _swept_rates(bench: Bench) -> dict[str, float]:
+    """The rates of the main part."""
+    return {m: bench.best_rate(Case(HETEROGENEOUS, TUNED, m, bench.task.rates[0])) for m in SWEPT}
