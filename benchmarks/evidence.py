@@ -1,11 +1,11 @@
 """The claims on public data: FedPipe beside full fine-tuning, uniform LoRA and FedAdapter, at equal simulated time.
 
-Run `python benchmarks/evidence.py [--task NAME ...] [--part main|rates|spread|edges|ablations] [--setting NAME ...]
-[--partition NAME ...] [--seeds N] [--results FOLDER] [--json]`. The protocol is docs/evidence.md. Every run is kept
-under `benchmarks/results/evidence-TASK.json` as soon as it is done, so a set that was stopped goes on where it was, and
-a second call only prints; pictures lie in `.fedpipe`. `--reduced` is what `make evidence` runs: all but the lowest
-rate, kept in `.fedpipe`, and of the main part, unless told otherwise, CLINC150 by domain on unequal edges with one
-seed. `--quick` keeps nothing.
+Run `python benchmarks/evidence.py [--task NAME ...] [--part main|overview|rates|spread|edges|ablations]
+[--setting NAME ...] [--partition NAME ...] [--seeds N] [--results FOLDER] [--json]`. The protocol is docs/evidence.md.
+Every run is kept under `benchmarks/results/evidence-TASK.json` as soon as it is done, so a set that was stopped goes on
+where it was, and a second call only prints; pictures lie in `.fedpipe`. The overview is the main part in one table.
+`--reduced` is what `make evidence` runs: all but the lowest rate, kept in `.fedpipe`, and of the main part, unless told
+otherwise, CLINC150 by domain on unequal edges with one seed. `--quick` keeps nothing.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from evidence_cases import HETEROGENEOUS, SETTINGS, TUNED, Task, read_task
 from evidence_checks import ablation_checks, checks, lead_checks
 from evidence_plots import draw
 from evidence_rows import Bench, Row, ablation_rows, edge_rows, main_rows, rate_rows, spread_rows
-from evidence_table import table
+from evidence_table import overview, table
 from federations import FOLDER, Results
 
 QUICK = {"budget_seconds": 12.0, "rates": (0.004,)}
@@ -32,6 +32,7 @@ PARTS: dict[str, tuple[Callable[[Bench], list[Row]], Callable[[Sequence[Row]], l
     "edges": (edge_rows, lambda rows: []),
     "ablations": (ablation_rows, ablation_checks),
 }  # beside the main part: their rows, and the verdicts over them
+OVERVIEW = "overview"  # the main part in one table
 PICTURES = Path(".fedpipe")
 
 
@@ -50,7 +51,7 @@ def sections(options: argparse.Namespace, kept_only: bool = False) -> Iterator[S
         task = _sized(read_task(name), options)
         file = None if options.quick else options.results / f"evidence-{task.name}.json"
         bench = Bench(task, Results(file), kept_only)
-        if options.part == "main":
+        if options.part in {"main", OVERVIEW}:
             rows = _main_rows(bench, options)
             found = checks(task, rows)
         else:
@@ -58,6 +59,13 @@ def sections(options: argparse.Namespace, kept_only: bool = False) -> Iterator[S
             rows = make_rows(bench)
             found = verdicts(rows)
         yield Section(bench, rows, found)
+
+
+def printed(part: str, made: Sequence[Section]) -> str:
+    """The tables of a part."""
+    if part == OVERVIEW:
+        return overview([(section.bench.task, section.rows, section.checks) for section in made])
+    return "\n\n".join(table(section.bench.task, section.rows) for section in made)
 
 
 def _main_rows(bench: Bench, options: argparse.Namespace) -> list[Row]:
@@ -77,7 +85,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line asks for."""
     options = parser(__doc__)
     options.add_argument("--task", nargs="+", default=[], help="names or files of tasks; all, or clinc150 when reduced")
-    options.add_argument("--part", choices=("main", *PARTS), default="main")
+    options.add_argument("--part", choices=("main", OVERVIEW, *PARTS), default="main")
     options.add_argument("--seeds", type=int, help=f"number of seeds of the main part: {SEEDS}, or 1 of a reduced set")
     options.add_argument("--setting", nargs="+", choices=SETTINGS, default=[], help="of the main part; both by default")
     options.add_argument("--partition", nargs="+", default=[], help="of the main part; all of a task when left out")
@@ -97,8 +105,7 @@ def main() -> None:
     for section in () if options.quick else made:
         draw(section.bench, options.part, section.rows, PICTURES)
     document = {"part": options.part, "tasks": {s.bench.task.name: [asdict(row) for row in s.rows] for s in made}}
-    text = "\n\n".join(table(section.bench.task, section.rows) for section in made)
-    finish(options.json, document, [check for section in made for check in section.checks], text)
+    finish(options.json, document, [check for section in made for check in section.checks], printed(options.part, made))
 
 
 if __name__ == "__main__":

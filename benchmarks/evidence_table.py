@@ -1,9 +1,10 @@
-"""The rows of evidence as a table."""
+"""The rows of evidence as tables: one of a task, and one of all tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from common import markdown_table
-from evidence_cases import Task
+from common import Check, markdown_table
+from evidence_cases import FEDLORA, FEDPIPE, METHODS, Task
+from evidence_checks import counted_seconds
 from evidence_rows import Row
 
 
@@ -28,6 +29,42 @@ def _cells(row: Row, passes: bool) -> list[str]:
         "" if row.mib_to_target is None else f"{row.mib_to_target:.1f}",
         *(f"{row.peak_mib:.0f}", f"{row.profile_share:.1%}"),
     ]
+
+
+def overview(tasks: Sequence[tuple[Task, Sequence[Row], Sequence[Check]]]) -> str:
+    """A line for each place of each task, in Markdown: every method's seconds to the target and end, aims that hold."""
+    methods = list(METHODS)
+    head = ["task", "where", *(f"s, {method}" for method in methods), "lead over fedlora"]
+    head += [*(f"end, {method}" for method in methods), "bytes of fedlora's", "aims"]
+    lines = []
+    for task, rows, checks in tasks:
+        for place in dict.fromkeys(row.place for row in rows):
+            here = {row.method: row for row in rows if row.place == place}
+            verdicts = [check["ok"] for check in checks if check["name"].startswith(f"{place}:")]
+            lines.append([f"{task.name}, {task.metric}", place, *_overview_cells(here), _held(verdicts)])
+    return markdown_table(head, lines)
+
+
+def _overview_cells(here: Mapping[str, Row]) -> list[str]:
+    ours, uniform = here[FEDPIPE], here[FEDLORA]
+    moved = (ours.mib_up + ours.mib_down) / ((uniform.mib_up + uniform.mib_down) or 1.0)
+    return [
+        *(_seconds(row.seconds_to_target) for row in here.values()),
+        _lead(ours, uniform),
+        *(f"{row.value:.3f}" for row in here.values()),
+        f"{moved:.0%}",
+    ]
+
+
+def _lead(ours: Row, other: Row) -> str:
+    """How many times as soon at the target; a bound where one of both is not there in the whole budget."""
+    reached = (ours.seconds_to_target is not None, other.seconds_to_target is not None)
+    bound = {(True, True): "", (True, False): "≥ ", (False, True): "≤ "}.get(reached)
+    return "" if bound is None else f"{bound}{counted_seconds(other) / counted_seconds(ours):.1f}"
+
+
+def _held(verdicts: Sequence[bool]) -> str:
+    return f"{sum(verdicts)} of {len(verdicts)}" if verdicts else ""
 
 
 def _seconds(found: float | None) -> str:

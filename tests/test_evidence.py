@@ -86,6 +86,34 @@ def test_a_value_is_reached_when_every_seed_reaches_it(monkeypatch: pytest.Monke
     assert row.seconds_to_uniform == runs[0]["rounds"][0]["clock"]
 
 
+def test_the_overview_tells_a_lead_over_who_never_reached_the_target_as_a_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from dataclasses import replace
+
+    from evidence_cases import METHODS, Case, read_task
+    from evidence_rows import Bench
+    from evidence_table import overview
+    from federations import Results
+
+    task = read_task("clinc150")
+    kept = json.loads((BENCHMARKS / "results" / "evidence-clinc150.json").read_text(encoding="utf-8"))
+    run = kept[Case("heterogeneous", "domain", "fedlora", 0.004).name]
+    monkeypatch.setattr(Bench, "run", lambda _, case: run)
+    row = Bench(task, Results(None)).row("here", Case("heterogeneous", "domain", "fedpipe", 0.002), 1, None)
+
+    def lead(ours: float | None, uniform: float | None) -> str:
+        seconds = {"fedpipe": ours, "fedlora": uniform}
+        rows = [replace(row, method=m, seconds_to_target=seconds.get(m)) for m in METHODS]
+        verdicts = [{"name": "here: a", "ok": True}, {"name": "here: b", "ok": False}, {"name": "there: a", "ok": True}]
+        cells = [cell.strip() for cell in overview([(task, rows, verdicts)]).splitlines()[-1].split("|")]
+        assert cells[-2] == "1 of 2"
+        return cells[7]
+
+    assert [lead(10.0, 20.0), lead(10.0, None), lead(None, 40.0), lead(None, None)] == ["2.0", "≥ 8.0", "≤ 0.5", ""]
+
+
 def test_the_page_shows_what_the_kept_runs_come_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from evidence_page import PAGE, made_anew
