@@ -19,7 +19,7 @@ from fedpipe_core.planning_selection import PreparedEdge, prepare, select
 from fedpipe_core.planning_solver import Refinement
 from fedpipe_core.planning_utility import FloatArray
 
-PASSES = 3  # what an edge should train depends on what the others do; after two passes little changes
+PASSES = 3  # at most: what an edge should train depends on what the others do; after two passes little changes
 
 
 def with_overtime(
@@ -42,8 +42,12 @@ def with_overtime(
     problems = {edge_id: edge.problem for edge_id, edge in prepared.items()}
     end = max(-slacks(problems[e], refinement.selection, 0.0)[1] for e, refinement in found.items())
     longer = {e: _longer_problem(problems[e], found[e].selection, planning.overtime) for e in waiting}
+    before: dict[str, FloatArray] = {}
     for _ in range(PASSES):
         shares = _coverage(problems, found, waiting)
+        if before and all(np.array_equal(before[e], shares[e]) for e in waiting):
+            break  # every edge would choose the same once more
+        before = shares
         discounted = {e: prepare(_discounted(longer[e], shares[e])) for e in waiting}
         found |= select(discounted, RoundTerms(end, penalty), planning.solver, stop_at)
     return found
