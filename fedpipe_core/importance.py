@@ -154,12 +154,15 @@ class _GradientSketch:
     @classmethod
     def of(cls, module: nn.Module, width: int, seed: int) -> "_GradientSketch":
         out_features, in_features = linear_size(module) or (0, 0)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(
+            seed
+        )  # a thread that loads a model may have changed the default dtype
         device = next(module.parameters()).device
-        omega = torch.randn(in_features, width, generator=generator).to(device)
-        psi = torch.randn(2 * width, out_features, generator=generator).to(device)
-        zeros = torch.zeros(out_features, width, device=device), torch.zeros(2 * width, in_features, device=device)
-        sketch = cls(omega, psi, *zeros)
+        omega = torch.randn(in_features, width, generator=generator, dtype=torch.float32).to(device)
+        psi = torch.randn(2 * width, out_features, generator=generator, dtype=torch.float32).to(device)
+        right = torch.zeros(out_features, width, device=device, dtype=torch.float32)
+        left = torch.zeros(2 * width, in_features, device=device, dtype=torch.float32)
+        sketch = cls(omega, psi, right, left)
         module.register_forward_pre_hook(sketch.remember)
         module.register_full_backward_hook(sketch.add)
         return sketch
@@ -204,7 +207,7 @@ def _draw_small(layer: Any, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for factor in (layer.lora_A, layer.lora_B):
         parameter = factor["default"]
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * 0.02)
 
 
 def _require_grad(model: nn.Module, parameters: list[nn.Parameter]) -> None:

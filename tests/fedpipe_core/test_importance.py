@@ -138,3 +138,14 @@ def test_last_layers_scores_put_every_block_before_the_ones_below(tiny_base):
     scores = scores_of(tiny_base("bert").model, "last_layers")
     blocks = [sum(sum(values) for name, values in scores.items() if f"layer.{layer}." in name) for layer in (0, 1)]
     assert blocks[1] == pytest.approx(10 * blocks[0])
+
+
+@pytest.mark.parametrize("method", LEARNED)
+def test_scores_are_the_same_while_another_thread_loads_a_model_of_half_precision(tiny_base, method):
+    base = tiny_base("bert").model
+    usual = scores_of(base, method)
+    torch.set_default_dtype(torch.float16)  # as transformers does while it builds such a model, for every thread
+    try:
+        assert scores_of(base, method) == usual
+    finally:
+        torch.set_default_dtype(torch.float32)
