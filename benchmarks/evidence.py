@@ -12,12 +12,13 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from common import Check, finish, parser
 from evidence_cases import HETEROGENEOUS, SETTINGS, TUNED, Task, read_task
 from evidence_checks import ablation_checks, checks, lead_checks
-from evidence_plots import draw
+from evidence_plots import draw, draw_overview
 from evidence_rows import Bench, Row, ablation_rows, edge_rows, main_rows, rate_rows, spread_rows
 from evidence_table import overview, table
 from federations import FOLDER, Results
@@ -61,11 +62,22 @@ def sections(options: argparse.Namespace, kept_only: bool = False) -> Iterator[S
         yield Section(bench, rows, found)
 
 
-def printed(part: str, made: Sequence[Section]) -> str:
-    """The tables of a part."""
+@dataclass(frozen=True)
+class Piece:
+    """What is shown together: a table, its verdicts, and the files of its pictures."""
+
+    table: str
+    checks: list[Check]
+    pictures: list[Path]
+
+
+def pieces(part: str, made: Sequence[Section], folder: Path) -> list[Piece]:
+    """What a part shows, one for all tasks or one a task; pictures are written into the folder."""
     if part == OVERVIEW:
-        return overview([(section.bench.task, section.rows, section.checks) for section in made])
-    return "\n\n".join(table(section.bench.task, section.rows) for section in made)
+        rows = [(section.bench.task, section.rows) for section in made]
+        text = overview([(section.bench.task, section.rows, section.checks) for section in made])
+        return [Piece(text, [], [draw_overview(rows, folder)])]
+    return [Piece(table(s.bench.task, s.rows), s.checks, draw(s.bench, part, s.rows, folder)) for s in made]
 
 
 def _main_rows(bench: Bench, options: argparse.Namespace) -> list[Row]:
@@ -102,10 +114,11 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(1)
     made = list(sections(options))
-    for section in () if options.quick else made:
-        draw(section.bench, options.part, section.rows, PICTURES)
+    with TemporaryDirectory() as folder:
+        shown = pieces(options.part, made, Path(folder) if options.quick else PICTURES)
     document = {"part": options.part, "tasks": {s.bench.task.name: [asdict(row) for row in s.rows] for s in made}}
-    finish(options.json, document, [check for section in made for check in section.checks], printed(options.part, made))
+    checks = [check for piece in shown for check in piece.checks]
+    finish(options.json, document, checks, "\n\n".join(piece.table for piece in shown))
 
 
 if __name__ == "__main__":

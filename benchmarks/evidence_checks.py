@@ -18,6 +18,9 @@ def checks(task: Task, rows: Sequence[Row]) -> list[Check]:
     for place in dict.fromkeys(row.place for row in rows if row.place.startswith(HETEROGENEOUS)):
         here = {row.method: row for row in rows if row.place == place}
         ours, others = here[FEDPIPE], [row for name, row in here.items() if name != FEDPIPE]
+        found.append(
+            at_least(f"{place}: all our runs reach the target", float(ours.seconds_to_target is not None), 1.0)
+        )
         for other in others:
             ratio = counted_seconds(other) / counted_seconds(ours)
             aim = 2.0 if other.method == FEDLORA else 1.0

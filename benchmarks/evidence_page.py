@@ -9,8 +9,7 @@ import shlex
 from pathlib import Path
 
 from common import told
-from evidence import OVERVIEW, parse, printed, sections
-from evidence_plots import draw
+from evidence import parse, pieces, sections
 from federations import FOLDER, IMAGES
 
 PAGE = FOLDER.parent / "docs" / "evidence.md"
@@ -25,15 +24,11 @@ def made_anew(page: str, images: Path) -> str:
 
 def _block(arguments: str, images: Path) -> str:
     options = parse([*shlex.split(arguments), "--results", str(RESULTS)])
-    made = list(sections(options, kept_only=True))
-    if options.part == OVERVIEW:
-        return f"\n{printed(OVERVIEW, made)}\n\n"
     parts = []
-    for section in made:
-        verdicts = [f"- {told(check)}" for check in section.checks]
-        pictures = draw(section.bench, options.part, section.rows, images)
-        shown = [f"![{picture.stem.replace('-', ' ')}](images/{picture.name})" for picture in pictures]
-        parts += [printed(options.part, [section]), "\n".join(verdicts), *shown]
+    for piece in pieces(options.part, list(sections(options, kept_only=True)), images):
+        verdicts = [f"- {told(check)}" for check in piece.checks]
+        shown = [f"![{picture.stem.replace('-', ' ')}](images/{picture.name})" for picture in piece.pictures]
+        parts += [piece.table, "\n".join(verdicts), *shown]
     return "".join(f"\n{part}\n" for part in parts if part) + "\n"
 
 

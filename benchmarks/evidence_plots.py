@@ -1,10 +1,10 @@
-"""Pictures of evidence: the metric against simulated time and bytes, and the time to the target against a sweep."""
+"""Pictures of evidence: the metric against time and bytes, the time to the target against a sweep, and of all tasks."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence_cases import Case
+from evidence_cases import METHODS, Case, Task
 from evidence_checks import counted_seconds
 from evidence_rows import Bench, Row, moved_mib
 
@@ -14,6 +14,26 @@ def draw(bench: Bench, part: str, rows: Sequence[Row], folder: Path) -> list[Pat
     if part == "main":
         return [_curves(bench, rows, place, folder) for place in _places(rows)]
     return [_sweep(bench, part, rows, folder)] if part in {"spread", "edges"} else []
+
+
+def draw_overview(tasks: Sequence[tuple[Task, Sequence[Row]]], folder: Path) -> Path:
+    """The share of the budget until the target, a line for each place of each task; hollow where it was not reached."""
+    places = [(task.name, place) for task, rows in tasks for place in _places(rows)]
+    figure, axes = _figure(1, height=1.2 + 0.28 * len(places))
+    for index, method in enumerate(METHODS):
+        color, beside = f"C{index}", 0.15 * (index - 1.5)  # who is not there would lie on one point
+        for task, rows in tasks:
+            for row in (row for row in rows if row.method == method):
+                height, share = places.index((task.name, row.place)) + beside, counted_seconds(row) / row.budget_seconds
+                face = color if row.seconds_to_target else "white"
+                axes.plot([share], [height], marker="o", linestyle="", color=color, markerfacecolor=face)
+        axes.plot([], [], marker="o", linestyle="", color=color, label=method)
+    axes.set_yticks(range(len(places)), [f"{name}, {place}" for name, place in places])
+    axes.invert_yaxis()
+    axes.grid(axis="y", alpha=0.3)
+    axes.set(xlabel="share of the time until the target (hollow: not reached)", xlim=(0, 1.03))
+    figure.legend(loc="outside upper center", ncols=len(METHODS))
+    return _saved(figure, folder, "overview")
 
 
 def _curves(bench: Bench, rows: Sequence[Row], place: str, folder: Path) -> Path:
@@ -55,11 +75,11 @@ def _places(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.place for row in rows))
 
 
-def _figure(sharey: bool = False) -> tuple[Any, Any]:
+def _figure(columns: int = 2, sharey: bool = False, height: float = 3.6) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    return figure, figure.subplots(1, 2, sharey=sharey)
+    figure = Figure(figsize=(9, height), layout="constrained")
+    return figure, figure.subplots(1, columns, sharey=sharey)
 
 
 def _saved(figure: Any, folder: Path, name: str) -> Path:
