@@ -103,7 +103,7 @@ def _random_rows(seed: int, module: str, rows: int, in_features: int) -> Tensor:
     """Rows of A uniform in ±1/√in_features; row j is the same however many rows are drawn."""
     digest = hashlib.sha256(f"{seed}/{module}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    uniform = torch.stack([torch.rand(in_features, generator=generator) for _ in range(rows)])
+    uniform = torch.stack([torch.rand(in_features, generator=generator, dtype=torch.float32) for _ in range(rows)])
     return (2 * uniform - 1).div(math.sqrt(in_features))
 
 

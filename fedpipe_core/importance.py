@@ -154,9 +154,8 @@ class _GradientSketch:
     @classmethod
     def of(cls, module: nn.Module, width: int, seed: int) -> "_GradientSketch":
         out_features, in_features = linear_size(module) or (0, 0)
-        generator = torch.Generator().manual_seed(
-            seed
-        )  # a thread that loads a model may have changed the default dtype
+        generator = torch.Generator().manual_seed(seed)
+        # The default dtype is the process's, and another edge's thread may be loading a model of half precision.
         device = next(module.parameters()).device
         omega = torch.randn(in_features, width, generator=generator, dtype=torch.float32).to(device)
         psi = torch.randn(2 * width, out_features, generator=generator, dtype=torch.float32).to(device)

@@ -120,8 +120,9 @@ def empty_model(folder: Path, spec: ModelSpec, labels: int | None) -> nn.Module:
         raise ModelError(f"model in {folder} is quantized already; give the dense one, model.bits decides its width")
     if labels is not None:
         config.num_labels = labels
-    with torch.device("meta"):
-        model: nn.Module = auto_class(spec.task).from_config(config, trust_remote_code=spec.trust_remote_code)
+    options = {"trust_remote_code": spec.trust_remote_code, "dtype": torch.float32}
+    with torch.device("meta"):  # at the config's own dtype, half say, that would be every thread's default meanwhile
+        model: nn.Module = auto_class(spec.task).from_config(config, **options)
     return model
 
 

@@ -42,6 +42,15 @@ def test_the_initial_adapter_leaves_the_base_as_it_is_and_depends_on_seed_and_mo
     assert float(first.factors["query"].A.abs().max()) <= 1 / 4
 
 
+def test_the_first_adapter_does_not_depend_on_a_default_dtype_that_another_thread_has_set():
+    usual = initial_adapter(SHAPES, 4, {}, seed=1).factors["value"].A
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert torch.equal(initial_adapter(SHAPES, 4, {}, seed=1).factors["value"].A, usual)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_initial_adapter_has_the_same_bytes_on_every_machine():
     A = initial_adapter({"m": ModuleShape(out_features=2, in_features=4)}, 1, {}, seed=0).factors["m"].A
     torch.testing.assert_close(

@@ -82,6 +82,15 @@ def test_weights_kept_as_float16_compute_as_float32(tmp_path, bits):
     assert {value.dtype for value in dense} == {torch.float32}
 
 
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_loading_a_base_kept_as_float16_never_makes_half_precision_the_default(tmp_path, bits, monkeypatch):
+    folder, made = save_tiny_model(tmp_path, "llama", dtype=torch.float16), []
+    set_default_dtype = torch.set_default_dtype
+    monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: made.append(dtype) or set_default_dtype(dtype))
+    load(folder, bits)
+    assert torch.float16 not in made
+
+
 def test_a_new_head_follows_from_the_seed_and_leaves_other_random_streams_alone(tiny_folder):
     state = torch.get_rng_state()
     first, again, other = (load(tiny_folder("bert"), labels=7, seed=seed).model for seed in (1, 1, 2))
