@@ -117,8 +117,8 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         shown = pieces(options.part, made, Path(folder) if options.quick else PICTURES)
     document = {"part": options.part, "tasks": {s.bench.task.name: [asdict(row) for row in s.rows] for s in made}}
-    checks = [check for piece in shown for check in piece.checks]
-    finish(options.json, document, checks, "\n\n".join(piece.table for piece in shown))
+    verdicts = [check for piece in shown for check in piece.checks]
+    finish(options.json, document, verdicts, "\n\n".join(piece.table for piece in shown))
 
 
 if __name__ == "__main__":

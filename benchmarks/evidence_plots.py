@@ -6,27 +6,26 @@ from typing import Any
 
 from evidence_cases import METHODS, Case, Task
 from evidence_checks import counted_seconds
-from evidence_rows import Bench, Row, moved_mib
+from evidence_rows import Bench, Row, by_place, moved_mib
 
 
 def draw(bench: Bench, part: str, rows: Sequence[Row], folder: Path) -> list[Path]:
     """Write a picture per setting and partition, or one of a sweep, and say where. Other parts have none."""
     if part == "main":
-        return [_curves(bench, rows, place, folder) for place in _places(rows)]
+        return [_curves(bench, rows, place, folder) for place in by_place(rows)]
     return [_sweep(bench, part, rows, folder)] if part in {"spread", "edges"} else []
 
 
 def draw_overview(tasks: Sequence[tuple[Task, Sequence[Row]]], folder: Path) -> Path:
     """The share of the budget until the target, a line for each place of each task; hollow where it was not reached."""
-    places = [(task.name, place) for task, rows in tasks for place in _places(rows)]
+    places = [(task.name, place) for task, rows in tasks for place in by_place(rows)]
     figure, axes = _figure(1, height=1.2 + 0.28 * len(places))
     for index, method in enumerate(METHODS):
         color, beside = f"C{index}", 0.15 * (index - 1.5)  # who is not there would lie on one point
         for task, rows in tasks:
             for row in (row for row in rows if row.method == method):
-                height, share = places.index((task.name, row.place)) + beside, counted_seconds(row) / row.budget_seconds
-                face = color if row.seconds_to_target else "white"
-                axes.plot([share], [height], marker="o", linestyle="", color=color, markerfacecolor=face)
+                share = counted_seconds(row) / row.budget_seconds
+                _dot(axes, share, places.index((task.name, row.place)) + beside, color, row)
         axes.plot([], [], marker="o", linestyle="", color=color, label=method)
     axes.set_yticks(range(len(places)), [f"{name}, {place}" for name, place in places])
     axes.invert_yaxis()
@@ -54,14 +53,13 @@ def _curves(bench: Bench, rows: Sequence[Row], place: str, folder: Path) -> Path
 def _sweep(bench: Bench, part: str, rows: Sequence[Row], folder: Path) -> Path:
     """Seconds to the target, hollow where it was not reached in the whole budget, and the metric at the end."""
     figure, (to_target, at_end) = _figure()
-    places = _places(rows)
+    places = list(by_place(rows))
     for method in dict.fromkeys(row.method for row in rows):
         here = [row for row in rows if row.method == method]
         seconds = [counted_seconds(row) for row in here]
         (line,) = to_target.plot(places, seconds, label=method)
         for place, row, height in zip(places, here, seconds, strict=True):
-            face = line.get_color() if row.seconds_to_target else "white"
-            to_target.plot([place], [height], marker="o", color=line.get_color(), markerfacecolor=face)
+            _dot(to_target, place, height, line.get_color(), row)
         at_end.plot(places, [row.value for row in here], marker=".")
     to_target.set(ylabel="simulated seconds to the target")
     at_end.set(ylabel=bench.task.metric)
@@ -71,8 +69,9 @@ def _sweep(bench: Bench, part: str, rows: Sequence[Row], folder: Path) -> Path:
     return _saved(figure, folder, f"{bench.task.name}-{part}")
 
 
-def _places(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row.place for row in rows))
+def _dot(axes: Any, x: float | str, y: float, color: str, row: Row) -> None:
+    """Hollow where the target was not reached."""
+    axes.plot([x], [y], marker="o", color=color, markerfacecolor=color if row.seconds_to_target else "white")
 
 
 def _figure(columns: int = 2, sharey: bool = False, height: float = 3.6) -> tuple[Any, Any]:

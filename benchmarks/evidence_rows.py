@@ -60,6 +60,14 @@ class Row:
     profile_share: float
 
 
+def by_place(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """Per place its rows by method, both in the order of the rows."""
+    places: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        places.setdefault(row.place, {})[row.method] = row
+    return places
+
+
 class Bench:
     """Runs of one task: each is kept by its name and config, and made only where it is not there yet."""
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from common import Check, markdown_table
 from evidence_cases import FEDLORA, FEDPIPE, METHODS, Task
-from evidence_checks import counted_seconds
-from evidence_rows import Row
+from evidence_checks import lead, share_of_bytes
+from evidence_rows import Row, by_place
 
 
 def table(task: Task, rows: Sequence[Row]) -> str:
@@ -38,8 +38,7 @@ def overview(tasks: Sequence[tuple[Task, Sequence[Row], Sequence[Check]]]) -> st
     head += [*(f"end, {method}" for method in methods), "bytes of fedlora's", "aims"]
     lines = []
     for task, rows, checks in tasks:
-        for place in dict.fromkeys(row.place for row in rows):
-            here = {row.method: row for row in rows if row.place == place}
+        for place, here in by_place(rows).items():
             verdicts = [check["ok"] for check in checks if check["name"].startswith(f"{place}:")]
             lines.append([f"{task.name}, {task.metric}", place, *_overview_cells(here), _held(verdicts)])
     return markdown_table(head, lines)
@@ -47,12 +46,11 @@ def overview(tasks: Sequence[tuple[Task, Sequence[Row], Sequence[Check]]]) -> st
 
 def _overview_cells(here: Mapping[str, Row]) -> list[str]:
     ours, uniform = here[FEDPIPE], here[FEDLORA]
-    moved = (ours.mib_up + ours.mib_down) / ((uniform.mib_up + uniform.mib_down) or 1.0)
     return [
         *(_seconds(row.seconds_to_target) for row in here.values()),
         _lead(ours, uniform),
         *(f"{row.value:.3f}" for row in here.values()),
-        f"{moved:.0%}",
+        f"{share_of_bytes(ours, uniform):.0%}",
     ]
 
 
@@ -60,7 +58,7 @@ def _lead(ours: Row, other: Row) -> str:
     """How many times as soon at the target; a bound where one of both is not there in the whole budget."""
     reached = (ours.seconds_to_target is not None, other.seconds_to_target is not None)
     bound = {(True, True): "", (True, False): "≥ ", (False, True): "≤ "}.get(reached)
-    return "" if bound is None else f"{bound}{counted_seconds(other) / counted_seconds(ours):.1f}"
+    return "" if bound is None else f"{bound}{lead(ours, other):.1f}"
 
 
 def _held(verdicts: Sequence[bool]) -> str:
