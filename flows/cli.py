@@ -16,6 +16,7 @@ import typer
 from fedpipe_core.startup import quick_imports
 from flows.cli_common import AsJson, explained, print_result, showing
 from flows.edge_cli import edge_app
+from flows.interrupts import keep_interrupts
 
 if TYPE_CHECKING:
     from fedpipe_core.config import FederationConfig
@@ -214,6 +215,7 @@ def main() -> None:
     if home := os.environ.get("PREFECT_HOME"):
         Path(home).mkdir(parents=True, exist_ok=True)  # Prefect makes the folder itself, but not those above it
     _keep_stdout_for_results()
+    keep_interrupts()
     app()
 
 

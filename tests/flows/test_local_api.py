@@ -63,8 +63,11 @@ def test_command_interrupted_while_it_starts_ends_at_once(
 ) -> None:
     config, store = finished.folder / "federation.yaml", tmp_path / "store"
     arguments = ("run", config, "--run", "early", "--set", f"store={store}")
-    with running(alone(environment, tmp_path / "prefect"), tmp_path, *arguments) as process:
-        time.sleep(4)  # the libraries are being imported
+    home = tmp_path / "prefect"
+    with running(alone(environment, home), tmp_path, *arguments) as process:
+        while not home.exists():  # the command makes it first
+            time.sleep(0.05)
+        time.sleep(1)  # the libraries are being imported
         os.killpg(process.pid, signal.SIGINT)
         interrupted = time.monotonic()
         process.wait(timeout=PATIENCE_SECONDS)
