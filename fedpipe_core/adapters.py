@@ -37,11 +37,14 @@ def initial_adapter(shapes: Mapping[str, ModuleShape], rank: int, head: Mapping[
 
     A depends on (seed, module) alone and is the same on every machine.
     """
-    factors = {
-        module: LowRank(torch.zeros(shape.out_features, rank), _random_rows(seed, module, rank, shape.in_features))
-        for module, shape in shapes.items()
-    }
-    return Adapter(factors, dict(head))
+    return Adapter(
+        {module: _initial_factors(shape, rank, seed, module) for module, shape in shapes.items()}, dict(head)
+    )
+
+
+def _initial_factors(shape: ModuleShape, rank: int, seed: int, module: str) -> LowRank:
+    B = torch.zeros(shape.out_features, rank, dtype=torch.float32)
+    return LowRank(B, _random_rows(seed, module, rank, shape.in_features))
 
 
 def split_for_edge(adapter: Adapter, ranks: Mapping[str, int], seed: int) -> tuple[Adapter, dict[str, LowRank]]:

@@ -78,7 +78,7 @@ def _build_whole(base: nn.Module, spec: InstanceSpec) -> EdgeModel:
 def _first_whole(base: nn.Module, shapes: Shapes, ranks: Mapping[str, int], seed: int) -> Adapter:
     """Nothing changed yet."""
     del shapes, ranks, seed
-    return Adapter({}, {name: torch.zeros(value.shape) for name, value in base.named_parameters()})
+    return Adapter({}, {name: torch.zeros(value.shape, dtype=torch.float32) for name, value in base.named_parameters()})
 
 
 def _judged_whole(base: nn.Module, adapter: Adapter) -> nn.Module:
@@ -97,8 +97,8 @@ class Bottleneck(nn.Module):
     def __init__(self, features: int, width: int, scaling: float) -> None:
         super().__init__()
         self.scaling = scaling
-        self.B = nn.Parameter(torch.zeros(features, width))
-        self.A = nn.Parameter(torch.zeros(width, features))
+        self.B = nn.Parameter(torch.zeros(features, width, dtype=torch.float32))
+        self.A = nn.Parameter(torch.zeros(width, features, dtype=torch.float32))
 
     def forward(self, value: Tensor) -> Tensor:
         """Shapes (…, features) to the same."""
@@ -132,12 +132,13 @@ def _through_bottleneck(carrier: nn.Module, inputs: tuple[Tensor, ...], output: 
 def _first_bottlenecks(base: nn.Module, shapes: Shapes, ranks: Mapping[str, int], seed: int) -> Adapter:
     """B = 0 on the first bottlenecks, width 0 on those that may come, and the untrained head."""
     begun = initial_adapter({name: shapes[name] for name in ranks}, max(ranks.values()), _head_values(base), seed)
-    later = {
-        name: LowRank(torch.zeros(shape.out_features, 0), torch.zeros(0, shape.in_features))
-        for name, shape in shapes.items()
-        if name not in ranks
-    }
+    later = {name: _without_width(shape) for name, shape in shapes.items() if name not in ranks}
     return Adapter({**begun.factors, **later}, begun.head)
+
+
+def _without_width(shape: ModuleShape) -> LowRank:
+    B, A = (shape.out_features, 0), (0, shape.in_features)
+    return LowRank(torch.zeros(B, dtype=torch.float32), torch.zeros(A, dtype=torch.float32))
 
 
 def _judged_bottlenecks(base: nn.Module, adapter: Adapter) -> nn.Module:

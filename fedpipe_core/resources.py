@@ -225,7 +225,7 @@ def _step(model: nn.Module, trained: Iterable[nn.Parameter]) -> Callable[[Mappin
 
 def _parameter_seconds(device: torch.device, clock: Clock) -> float:
     """Seconds that a new gradient, clipping and the optimizer's step take per parameter, where all are trained."""
-    parameter = nn.Parameter(torch.zeros(TIMED_PARAMETERS, device=device))
+    parameter = nn.Parameter(torch.zeros(TIMED_PARAMETERS, device=device, dtype=torch.float32))
     optimizer = torch.optim.AdamW([parameter], lr=1e-5, fused=True)
 
     def step() -> None:

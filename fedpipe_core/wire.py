@@ -150,7 +150,7 @@ class Stored:
         """One module's factors in float32; an A that was left out as unchanged is zero."""
         B = self._read(f"factors/{module}/B")
         if self.content == "left_factor_changes":
-            return LowRank(B, torch.zeros(self._sizes[module][1:]))
+            return LowRank(B, torch.zeros(self._sizes[module][1:], dtype=torch.float32))
         return LowRank(B, self._read(f"factors/{module}/A"))
 
     def head(self) -> dict[str, Tensor]:

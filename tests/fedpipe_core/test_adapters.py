@@ -1,6 +1,7 @@
 """Where adapters start, and how one is split between an edge's training and its frozen tail."""
 
 import torch
+from default_dtype import half_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,12 +44,11 @@ def test_the_initial_adapter_leaves_the_base_as_it_is_and_depends_on_seed_and_mo
 
 
 def test_the_first_adapter_does_not_depend_on_a_default_dtype_that_another_thread_has_set():
-    usual = initial_adapter(SHAPES, 4, {}, seed=1).factors["value"].A
-    torch.set_default_dtype(torch.float16)
-    try:
-        assert torch.equal(initial_adapter(SHAPES, 4, {}, seed=1).factors["value"].A, usual)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    usual = initial_adapter(SHAPES, 4, {}, seed=1).factors["value"]
+    with half_precision():
+        found = initial_adapter(SHAPES, 4, {}, seed=1).factors["value"]
+    assert found.equals(usual)
+    assert found.B.dtype == torch.float32
 
 
 def test_the_initial_adapter_has_the_same_bytes_on_every_machine():

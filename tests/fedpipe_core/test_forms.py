@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from default_dtype import half_precision
 from tiny_models import tiny_dialogues, tiny_examples
 
 from fedpipe_core.adapters import Adapter, truncated_for_edge
@@ -162,6 +163,19 @@ def test_a_component_that_several_edges_have_is_averaged_over_them():
     updates = [Update("a", start, narrow, 1), Update("b", start, wide, 1)]
     found = aggregate(start, updates, AggregationSpec(rule="rankwise")).adapter.factors["place"]
     assert found.B[0].tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_form_trains_is_float32_while_another_thread_loads_a_model_of_half_precision(tiny_base, form):
+    base = tiny_base("bert").model
+    shapes = places(base).modules if form == "bottleneck" else model_shape(base, 4).modules
+    ranks = {} if form == "whole" else dict.fromkeys(list(shapes)[:2], 2)
+    with half_precision():
+        first = FORMS[form].first(base, shapes, ranks, 0)
+        edge = FORMS[form].build(base, InstanceSpec(ranks, (), 0, 1.0))
+    factors = [side for product in first.factors.values() for side in (product.B, product.A)]
+    trained = [*edge.adapter_parameters(), *edge.head_parameters()]
+    assert {value.dtype for value in (*factors, *first.head.values(), *trained)} == {torch.float32}
 
 
 def test_every_method_names_a_form_there_is():

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from default_dtype import half_precision
 from tiny_models import tiny_examples
 from torch import nn
 
@@ -144,8 +145,5 @@ def test_last_layers_scores_put_every_block_before_the_ones_below(tiny_base):
 def test_scores_are_the_same_while_another_thread_loads_a_model_of_half_precision(tiny_base, method):
     base = tiny_base("bert").model
     usual = scores_of(base, method)
-    torch.set_default_dtype(torch.float16)  # as transformers does while it builds such a model, for every thread
-    try:
+    with half_precision():
         assert scores_of(base, method) == usual
-    finally:
-        torch.set_default_dtype(torch.float32)
