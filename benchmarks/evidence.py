@@ -1,6 +1,6 @@
 """The claims on public data: FedPipe beside full fine-tuning, uniform LoRA and FedAdapter, at equal simulated time.
 
-Run `python benchmarks/evidence.py [--task NAME ...] [--part main|overview|rates|spread|edges|ablations]
+Run `python benchmarks/evidence.py [--task NAME ...] [--part main|overview|rates|spread|edges|ablations|importance]
 [--setting NAME ...] [--partition NAME ...] [--seeds N] [--results FOLDER] [--json]`. The protocol is docs/evidence.md.
 Every run is kept under `benchmarks/results/evidence-TASK.json` as soon as it is done, so a set that was stopped goes on
 where it was, and a second call only prints; pictures lie in `.fedpipe`. The overview is the main part in one table.
@@ -16,22 +16,22 @@ from tempfile import TemporaryDirectory
 
 import torch
 from common import Check, finish, parser
-from evidence_cases import HETEROGENEOUS, SETTINGS, TUNED, Task, read_task
-from evidence_checks import ablation_checks, checks, lead_checks
+from evidence_cases import HETEROGENEOUS, SEEDS, SETTINGS, TUNED, Task, read_task
+from evidence_checks import ablation_checks, checks, importance_checks, lead_checks
 from evidence_plots import draw, draw_overview
-from evidence_rows import Bench, Row, ablation_rows, edge_rows, main_rows, rate_rows, spread_rows
+from evidence_rows import Bench, Row, ablation_rows, edge_rows, importance_rows, main_rows, rate_rows, spread_rows
 from evidence_table import overview, table
 from federations import FOLDER, Results
 
 QUICK = {"budget_seconds": 12.0, "rates": (0.004,)}
 QUICK_CHANGES = {"training.examples_per_round": 16, "evaluation.examples_per_round": 40}
 TASKS = ("clinc150", "snips", "e2e")
-SEEDS = 3
-PARTS: dict[str, tuple[Callable[[Bench], list[Row]], Callable[[Sequence[Row]], list[Check]]]] = {
-    "rates": (rate_rows, lambda rows: []),
+PARTS: dict[str, tuple[Callable[[Bench], list[Row]], Callable[[Task, Sequence[Row]], list[Check]]]] = {
+    "rates": (rate_rows, lambda task, rows: []),
     "spread": (spread_rows, lead_checks),
-    "edges": (edge_rows, lambda rows: []),
+    "edges": (edge_rows, lambda task, rows: []),
     "ablations": (ablation_rows, ablation_checks),
+    "importance": (importance_rows, importance_checks),
 }  # beside the main part: their rows, and the verdicts over them
 OVERVIEW = "overview"  # the main part in one table
 PICTURES = Path(".fedpipe")
@@ -58,7 +58,7 @@ def sections(options: argparse.Namespace, kept_only: bool = False) -> Iterator[S
         else:
             make_rows, verdicts = PARTS[options.part]
             rows = make_rows(bench)
-            found = verdicts(rows)
+            found = verdicts(task, rows)
         yield Section(bench, rows, found)
 
 

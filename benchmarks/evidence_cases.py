@@ -21,6 +21,7 @@ HOMOGENEOUS, HETEROGENEOUS = "homogeneous", "heterogeneous"
 SETTINGS = (HOMOGENEOUS, HETEROGENEOUS)
 REFERENCE = "reference"  # homogeneous edges that get the whole time, as heterogeneous ones: where the target comes from
 TARGET_SHARE = 0.95
+SEEDS = 3
 FEDADAPTER, FULL = "fedadapter", "full"
 TUNED = "domain"  # the partition whose runs choose a method's rate in a setting
 # FedPipe sends updates and global adapter in 4 bits; edges that would wait make up to four times the steps; and an edge
@@ -38,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     FEDADAPTER: {"method": "fedadapter"},
     FULL: {"method": "full"},
 }
+UNMEASURED = ("random weights", "last layers", "uniform importance")  # ways to choose weights that look at none
 RULES = ("fedavg", "hetlora", "rankwise", "flexlora", "ffa", "raflora", "flora_stack")
 ABLATIONS: dict[str, dict[str, Any]] = {
     **{name: {**OURS, **changes} for name, changes in VARIANTS.items() if name not in METHODS},

@@ -15,7 +15,9 @@ from evidence_cases import (
     HOMOGENEOUS,
     METHODS,
     REFERENCE,
+    SEEDS,
     TUNED,
+    UNMEASURED,
     Case,
     Task,
     make_config,
@@ -226,6 +228,13 @@ def ablation_rows(bench: Bench) -> list[Row]:
     whole = bench.row("whole", replace(base, rate=rates[FEDPIPE]), 1, target)
     tuned = {name: rates[changes.get("method", FEDPIPE)] for name, changes in ABLATIONS.items()}
     return [whole, *(bench.row("without", replace(base, method=m, rate=r), 1, target) for m, r in tuned.items())]
+
+
+def importance_rows(bench: Bench) -> list[Row]:
+    """FedPipe by domain on unequal edges, and the same where weights are chosen without looking, with every seed."""
+    base = Case(HETEROGENEOUS, TUNED, FEDPIPE, _swept_rates(bench)[FEDPIPE])
+    target = bench.target(TUNED)
+    return [bench.row("by domain", replace(base, method=m), SEEDS, target) for m in (FEDPIPE, *UNMEASURED)]
 
 
 def _swept_rates(bench: Bench) -> dict[str, float]:
