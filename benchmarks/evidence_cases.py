@@ -18,7 +18,7 @@ from fedpipe_core.config_file import load_config
 
 TASKS = FOLDER / "evidence_tasks"
 HOMOGENEOUS, HETEROGENEOUS = "homogeneous", "heterogeneous"
-SETTINGS = (HOMOGENEOUS, HETEROGENEOUS)
+SETTINGS = (HETEROGENEOUS, HOMOGENEOUS)
 REFERENCE = "reference"  # homogeneous edges that get the whole time, as heterogeneous ones: where the target comes from
 TARGET_SHARE = 0.95
 SEEDS = 3

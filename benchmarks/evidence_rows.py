@@ -179,9 +179,9 @@ def _last(run: Run, metric: str) -> float | None:
 def main_rows(bench: Bench, settings: Sequence[str], partitions: Sequence[str], seeds: int) -> list[Row]:
     """All methods in every setting, each with its best rate."""
     rows = []
-    for partition in partitions:
-        target = bench.target(partition)
-        for setting in settings:
+    for setting in settings:
+        for partition in partitions:
+            target = bench.target(partition)
             cases = [Case(setting, partition, method, bench.task.rates[0]) for method in METHODS]
             best = {case.method: replace(case, rate=bench.best_rate(case)) for case in cases}
             uniform = bench.worst_end(best[FEDLORA], seeds)
