@@ -1,6 +1,7 @@
 """What `make evidence` runs is what the code accepts today."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,22 @@ def test_every_case_of_a_task_is_a_config_that_loads(name: str, monkeypatch: pyt
                 names.add(case.name)
     assert len(names) == len(SETTINGS) * len(task.partitions) * (len(METHODS) + len(ABLATIONS))
     assert len(make_config(task, Case("heterogeneous", "iid", "fedpipe", 0.001, edges=20)).edges) == 20
+
+
+def test_the_task_that_the_page_shows_is_one_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from evidence_cases import ABLATIONS, METHODS, SETTINGS, Case, make_config, read_task
+    from evidence_page import PAGE
+
+    shown = re.search(r"```yaml\n(# mine\.yaml\n.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert shown
+    (tmp_path / "mine.yaml").write_text(shown[1], encoding="utf-8")
+    (tmp_path / "examples").symlink_to(BENCHMARKS.parent / "examples")
+    task = read_task(str(tmp_path / "mine.yaml"))
+    for setting in SETTINGS:
+        for partition in task.partitions:
+            for method in [*METHODS, *ABLATIONS]:
+                assert len(make_config(task, Case(setting, partition, method, task.rates[0])).edges) == 5
 
 
 def test_equal_edges_get_a_quarter_of_the_time_but_not_where_the_target_comes_from(
