@@ -20,6 +20,7 @@ import torch
 from profiles import measured_profile
 from transformers import BertConfig, BertForSequenceClassification
 
+from fedpipe_core.activation_cost import measured_activation_cost
 from fedpipe_core.adapters import initial_adapter, split_for_edge
 from fedpipe_core.architecture import adaptable_modules, head_parameters, model_shape
 from fedpipe_core.batches import Batch
@@ -30,7 +31,7 @@ from fedpipe_core.memory import training_memory_bytes
 from fedpipe_core.model import load_base
 from fedpipe_core.profile_schemas import EdgeProfile, ModelShape
 from fedpipe_core.profiling import COUNTED_EXAMPLES, probe_sizes
-from fedpipe_core.resources import measured_activation_cost, measured_step_cost
+from fedpipe_core.step_cost import measured_step_cost
 from fedpipe_core.training import train
 
 LABELS = 150

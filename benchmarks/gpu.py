@@ -22,6 +22,7 @@ from common import at_least, at_most, finish, markdown_table, parser
 from profiles import measured_profile
 from random_llama import EIGHT_B, SMALL, random_llama
 
+from fedpipe_core.activation_cost import measured_activation_cost
 from fedpipe_core.adapters import Adapter, initial_adapter, split_for_edge
 from fedpipe_core.aggregation import Update, aggregate
 from fedpipe_core.architecture import adaptable_modules, model_shape
@@ -31,8 +32,8 @@ from fedpipe_core.costs import CostModel, Work
 from fedpipe_core.edge_model import EdgeModel, build_edge_model, load_adapter, read_adapter
 from fedpipe_core.memory import held_bytes
 from fedpipe_core.model import share
-from fedpipe_core.resources import measured_activation_cost, measured_step_cost
 from fedpipe_core.startup import quiet_transformers
+from fedpipe_core.step_cost import measured_step_cost
 from fedpipe_core.training import train
 from fedpipe_core.wire import decode_adapter, encode_adapter
 from fedpipe_core.wire_updates import decode_update, encode_update

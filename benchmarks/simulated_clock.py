@@ -31,8 +31,8 @@ from fedpipe_core.plan_schemas import FederationPlan, SavedPlan
 from fedpipe_core.planning import plan_federation
 from fedpipe_core.profile_schemas import EdgeProfile, StepCost
 from fedpipe_core.profiling import EdgeData, probe_batch, probe_sizes
-from fedpipe_core.resources import measured_step_cost
 from fedpipe_core.schemas import UpdateRecord
+from fedpipe_core.step_cost import measured_step_cost
 from tasks import edge, federation
 from tasks.coordinator import Coordinator
 from tasks.edge import EdgeSession, dense_base

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedpipe_core.activation_cost import saved_tensor_bytes
 from fedpipe_core.batches import Batch
 from fedpipe_core.edge_model import EdgeModel, move_batch
 from fedpipe_core.losses import training_loss
-from fedpipe_core.resources import saved_tensor_bytes
 
 OPTIMIZER_COPIES = 3  # gradient and AdamW's two moments beside every trained parameter
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import nn
 
+from fedpipe_core.activation_cost import measured_activation_cost
 from fedpipe_core.batches import Batch, longest_example_tokens, pad_batch, tokens_per_example, training_batches
 from fedpipe_core.config import FederationConfig, ResourcesSpec
 from fedpipe_core.costs import CostModel, Work
@@ -18,12 +19,7 @@ from fedpipe_core.importance import score_modules
 from fedpipe_core.methods import METHODS
 from fedpipe_core.model import Base
 from fedpipe_core.profile_schemas import EdgeProfile, ModelShape, StepCost
-from fedpipe_core.resources import (
-    TIMED_RANKS,
-    declared_step_cost,
-    measured_activation_cost,
-    measured_step_cost,
-)
+from fedpipe_core.step_cost import TIMED_RANKS, declared_step_cost, measured_step_cost
 from fedpipe_core.tokenizing import TokenizedExamples
 
 GIB = 2**30

@@ -7,8 +7,8 @@ import torch
 
 from fedpipe_core.edge_config import EdgeConfig
 from fedpipe_core.errors import ConfigError
+from fedpipe_core.free_memory import free_memory_bytes
 from fedpipe_core.profiling import profile_edge
-from fedpipe_core.resources import free_memory_bytes
 from fedpipe_core.rows import read_rows
 from fedpipe_core.signatures import load_key
 from fedpipe_core.token_summary import summarize_tokens

@@ -22,6 +22,7 @@ from fedpipe_core.edge_model import EdgeModel
 from fedpipe_core.errors import IntegrityError
 from fedpipe_core.evaluation import WritingTask, writing_task
 from fedpipe_core.forms import InstanceSpec
+from fedpipe_core.free_memory import free_memory_bytes
 from fedpipe_core.memory import training_memory_bytes
 from fedpipe_core.methods import METHODS
 from fedpipe_core.model import Base, base_shape
@@ -29,7 +30,6 @@ from fedpipe_core.partition import load_split_examples
 from fedpipe_core.plan_schemas import EdgePlan, FederationPlan
 from fedpipe_core.profile_schemas import ModelShape
 from fedpipe_core.profiling import EdgeData, Limits, declared_limits, probe_batch
-from fedpipe_core.resources import free_memory_bytes
 from fedpipe_core.signatures import SigningKey
 from fedpipe_core.tokenizing import tokenize
 from tasks import progress

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import WRITERS, random_adapter, save_tiny_writer, tiny_dialogues, tiny_tokenizer
 from transformers.models.auto import AutoModelForCausalLM
 
+from fedpipe_core.activation_cost import measured_activation_cost
 from fedpipe_core.adapters import initial_adapter, split_for_edge
 from fedpipe_core.architecture import adaptable_modules, head_parameters, model_shape
 from fedpipe_core.batches import pad_batch, training_batches
@@ -26,7 +27,7 @@ from fedpipe_core.export import EXPORT_SCHEMES, TunedModel, merge
 from fedpipe_core.importance import score_modules
 from fedpipe_core.losses import training_loss
 from fedpipe_core.model import Base, load_base
-from fedpipe_core.resources import measured_activation_cost, measured_step_cost
+from fedpipe_core.step_cost import measured_step_cost
 from fedpipe_core.training import train
 from fedpipe_core.wire import decode_adapter, encode_adapter
 

@@ -3,9 +3,9 @@ import torch
 from bitsandbytes.nn import Int8Params, Linear8bitLt
 from torch import nn
 
+from fedpipe_core.activation_cost import saved_tensor_bytes
 from fedpipe_core.architecture import adaptable_modules
 from fedpipe_core.int8_linear import FrozenInt8Linear
-from fedpipe_core.resources import saved_tensor_bytes
 
 
 def quantized(dense: nn.Linear) -> FrozenInt8Linear:

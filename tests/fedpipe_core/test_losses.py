@@ -6,13 +6,13 @@ from tiny_models import WRITERS, tiny_dialogues
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from fedpipe_core import losses, output_layer
+from fedpipe_core.activation_cost import saved_tensor_bytes
 from fedpipe_core.architecture import adaptable_modules
 from fedpipe_core.batches import pad_batch
 from fedpipe_core.edge_model import build_edge_model
 from fedpipe_core.forms import FORMS, InstanceSpec
 from fedpipe_core.losses import learned_tokens, token_logits, training_loss
 from fedpipe_core.model import Base
-from fedpipe_core.resources import saved_tensor_bytes
 from fedpipe_core.tokenizing import IGNORED, TokenizedExamples
 
 ROWS = tiny_dialogues(6)

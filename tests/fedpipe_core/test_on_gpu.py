@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import LABELS, save_tiny_model, save_tiny_writer, tiny_dialogues, tiny_examples
 
+from fedpipe_core.activation_cost import measured_activation_cost
 from fedpipe_core.adapters import initial_adapter, split_for_edge
 from fedpipe_core.architecture import adaptable_modules, head_parameters
 from fedpipe_core.batches import pad_batch, training_batches
@@ -18,7 +19,7 @@ from fedpipe_core.importance import Batches, score_modules
 from fedpipe_core.losses import training_loss
 from fedpipe_core.model import Base, load_base
 from fedpipe_core.quantized_export import QUANTIZED_SCHEMES
-from fedpipe_core.resources import measured_activation_cost, measured_step_cost
+from fedpipe_core.step_cost import measured_step_cost
 from fedpipe_core.tokenizing import TokenizedExamples
 from fedpipe_core.training import train
 

@@ -21,6 +21,7 @@ from transformers.models.auto import AutoModelForCausalLM, AutoModelForSequenceC
 
 from fedpipe_core.adapters import Adapter
 from fedpipe_core.architecture import adaptable_modules, head_parameters
+from fedpipe_core.batches import Batch
 from fedpipe_core.low_rank import LowRank
 from fedpipe_core.tokenizing import IGNORED, TokenizedExamples
 
@@ -120,6 +121,16 @@ def tiny_dialogues(count: int, pad_token_id: int = 4, seed: int = 0) -> Tokenize
         rows.append([*prompt, *answer])
         labels.append([*[IGNORED] * len(prompt), *answer])
     return TokenizedExamples(rows, labels, pad_token_id)
+
+
+def random_batch(rows: int, tokens: int) -> Batch:
+    """A batch of made-up tokens without padding, and a label a row."""
+    generator = torch.Generator().manual_seed(rows * 100 + tokens)
+    return {
+        "input_ids": torch.randint(5, 65, (rows, tokens), generator=generator),
+        "attention_mask": torch.ones(rows, tokens, dtype=torch.int64),
+        "labels": torch.randint(LABELS, (rows,), generator=generator),
+    }
 
 
 def random_adapter(model: torch.nn.Module, ranks: dict[str, int], seed: int = 0, size: float = 0.3) -> Adapter:
