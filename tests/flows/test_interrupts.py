@@ -8,6 +8,8 @@ START = """
 import os, signal, time
 from flows.interrupts import keep_interrupts
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+
 class Interrupted:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
