@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,6 +130,34 @@ def test_the_overview_tells_a_lead_over_who_never_reached_the_target_as_a_bound(
         return cells[7]
 
     assert [lead(10.0, 20.0), lead(10.0, None), lead(None, 40.0), lead(None, None)] == ["2.0", "≥ 8.0", "≤ 0.5", ""]
+
+
+def test_a_control_that_ends_better_in_every_seed_is_a_miss_whichever_way_the_metric_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from dataclasses import replace
+
+    from evidence_cases import Case, read_task
+    from evidence_checks import importance_checks
+    from evidence_rows import Bench
+    from federations import Results
+
+    kept = json.loads((BENCHMARKS / "results" / "evidence-clinc150.json").read_text(encoding="utf-8"))
+    run = kept[Case("heterogeneous", "domain", "fedlora", 0.004).name]
+    monkeypatch.setattr(Bench, "run", lambda _, case: run)
+    accuracy, loss = read_task("clinc150"), read_task("e2e")
+    row = Bench(accuracy, Results(None)).row("here", Case("heterogeneous", "domain", "fedpipe", 0.002), 1, None)
+
+    def held(task: Any, ours: tuple[float, float], control: tuple[float, float]) -> bool:
+        """Each as (worst, best)."""
+        rows = [replace(row, method=m, worst=w, best=b) for m, (w, b) in {"fedpipe": ours, "control": control}.items()]
+        verdict = importance_checks(task, rows)[-1]
+        assert verdict["name"] == "our best end less that of control at worst"
+        return bool(verdict["ok"])
+
+    assert [held(accuracy, (0.90, 0.92), control) for control in ((0.93, 0.95), (0.91, 0.95))] == [False, True]
+    assert [held(loss, (1.50, 1.40), control) for control in ((1.39, 1.30), (1.45, 1.30))] == [False, True]
 
 
 def test_the_page_shows_what_the_kept_runs_come_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
