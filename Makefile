@@ -35,6 +35,7 @@ demo: $(STAMP) ## tune MiniLM on CLINC150 across four edges, to a registered and
 	$(BIN)/fedpipe run examples/intents/federation.yaml
 
 evidence: $(STAMP) ## run FedPipe beside full fine-tuning, uniform LoRA and FedAdapter, the reduced set (half an hour)
+	@mkdir -p $(PREFECT_HOME)  # Prefect warns where it cannot make it
 	$(BIN)/python benchmarks/evidence.py --reduced
 
 test: $(STAMP) ## run all tests, two at a time
