@@ -4,11 +4,11 @@ import signal
 import subprocess
 import sys
 
+from commands import hear_interrupts
+
 START = """
 import os, signal, time
 from flows.interrupts import keep_interrupts
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 
 class Interrupted:
     def __del__(self):
@@ -28,7 +28,9 @@ time.sleep(10)
 
 
 def test_interrupt_dropped_by_a_finalizer_comes_again() -> None:
-    done = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", START], capture_output=True, text=True, check=False, preexec_fn=hear_interrupts
+    )
     assert done.stdout == "dropped\n"
     assert done.returncode == -signal.SIGINT
     assert "told as before" in done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from commands import FinishedRun, running
+from commands import FinishedRun, running, wait_until
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from fedpipe_core.errors import OrchestratorError
@@ -65,8 +65,7 @@ def test_command_interrupted_while_it_starts_ends_at_once(
     arguments = ("run", config, "--run", "early", "--set", f"store={store}")
     home = tmp_path / "prefect"
     with running(alone(environment, home), tmp_path, *arguments) as process:
-        while not home.exists():  # the command makes it first
-            time.sleep(0.05)
+        wait_until(home.exists, "its Prefect folder", PATIENCE_SECONDS, process)  # the command makes it first
         time.sleep(1)  # the libraries are being imported
         os.killpg(process.pid, signal.SIGINT)
         interrupted = time.monotonic()

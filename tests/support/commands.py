@@ -80,7 +80,7 @@ def running(environment: dict[str, str], folder: Path, *arguments: object) -> It
             stderr=stderr,
             text=True,
             start_new_session=True,
-            preexec_fn=_hear_interrupts,  # noqa: PLW1509  it makes one system call
+            preexec_fn=hear_interrupts,  # noqa: PLW1509  it makes one system call
         )
         with process:
             yield process
@@ -102,7 +102,7 @@ def wait_for_object(path: Path, process: subprocess.Popen[str] | None = None) ->
     wait_until(path.exists, str(path), RUN_SECONDS, process)
 
 
-def _hear_interrupts() -> None:
+def hear_interrupts() -> None:
     """Tests that were themselves started in the background inherit a SIGINT that is ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
