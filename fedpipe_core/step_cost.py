@@ -66,7 +66,8 @@ def measured_step_cost(
     kinds = ((0, large), (low, small), (low, large), (high, large))
     taken = [_seconds_of(adapted_step(base, rank), base, batch, clock) for rank, batch in kinds]
     seconds = [max(0.0, found - dequantized) for found in taken]
-    fitted = _fitted([_work_of(base, rank, batch) for rank, batch in kinds], seconds)
+    features = sum(shape.features for shape in adaptable_modules(base).values())
+    fitted = _fitted([_work_of(features, rank, batch) for rank, batch in kinds], seconds)
     tokens = large["input_ids"].numel()
     per_token = fitted[1] or (seconds[0] or taken[-1]) / tokens
     forward = _seconds_of(forward_step(base), base, large, clock) - fitted[0] - DEQUANTIZED_FORWARD * dequantized
@@ -81,10 +82,9 @@ def measured_step_cost(
     )
 
 
-def _work_of(base: nn.Module, rank: int, batch: Batch) -> list[float]:
-    """What each coefficient of a step is multiplied by, with every module adapted at `rank`."""
+def _work_of(features: int, rank: int, batch: Batch) -> list[float]:
+    """What each coefficient of a step is multiplied by, with modules of that many features adapted at `rank`."""
     tokens = float(batch["input_ids"].numel())
-    features = sum(shape.features for shape in adaptable_modules(base).values())
     return [1.0, tokens, tokens * features * (rank > 0), tokens * features * rank]
 
 
